@@ -1,0 +1,17 @@
+"""Fused operations of a text VAE: Triton kernels on GPUs, tuned torch on CPUs. Needs torch; Triton for GPUs."""
+
+from vae_kernels.backend import resolve_backend
+from vae_kernels.gaussian_rsample_kl import GaussianSample, gaussian_rsample_kl
+from vae_kernels.linear_cross_entropy import linear_cross_entropy
+from vae_kernels.philox import philox_normal, philox_uniform
+from vae_kernels.segment_sum import segment_sum
+
+__all__ = [
+    "GaussianSample",
+    "gaussian_rsample_kl",
+    "linear_cross_entropy",
+    "philox_normal",
+    "philox_uniform",
+    "resolve_backend",
+    "segment_sum",
+]

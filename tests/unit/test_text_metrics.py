@@ -1,0 +1,59 @@
+"""Diversity and copying of generated token ids."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vae_dist.evaluate.text_metrics import distinct_n, sequence_hashes, verbatim_fraction
+
+TOKENS = np.array([5, 6, 2, 5, 6, 7, 2, 2, 5, 6, 2])
+OFFSETS = np.array([0, 3, 7, 8, 11])
+
+
+def test_distinct_n_by_hand() -> None:
+    sentences = [[5, 6, 5, 6], [5, 6], [9]]
+    # Bigrams: (5 6) (6 5) (5 6) | (5 6): 2 distinct of 4; none crosses a sentence.
+    assert distinct_n(sentences, 1) == 3 / 7
+    assert distinct_n(sentences, 2) == 2 / 4
+    assert distinct_n(sentences, 4) == 1.0
+
+
+def test_distinct_n_without_ngrams_is_zero_and_n_zero_is_refused() -> None:
+    assert distinct_n([], 2) == 0.0
+    assert distinct_n([[4]], 2) == 0.0
+    with pytest.raises(ValueError, match="n=0"):
+        distinct_n([[4]], 0)
+
+
+def test_one_hash_a_distinct_sequence_in_eight_bytes_sorted() -> None:
+    hashes = sequence_hashes(TOKENS, OFFSETS)
+    assert hashes.dtype == np.uint64
+    assert len(hashes) == 3, "the first and the last sequence are the same"
+    assert (np.diff(hashes.astype(object)) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64, ">u2"])
+def test_hash_does_not_depend_on_the_dtype_of_the_ids(dtype: str) -> None:
+    np.testing.assert_array_equal(sequence_hashes(TOKENS.astype(dtype), OFFSETS), sequence_hashes(TOKENS, OFFSETS))
+
+
+def test_verbatim_needs_the_whole_sequence_and_its_end() -> None:
+    hashes = sequence_hashes(TOKENS, OFFSETS)
+    assert verbatim_fraction([[5, 6, 2], [5, 6], [6, 2], [5, 6, 7, 2], [2], []], hashes) == 3 / 6
+    assert verbatim_fraction([], hashes) == 0.0
+    assert verbatim_fraction([[5, 6, 2]], sequence_hashes(TOKENS[:0], OFFSETS[:1])) == 0.0
+
+
+IDS = st.lists(st.integers(0, 3), max_size=3)
+
+
+@given(st.lists(IDS, min_size=1, max_size=12), st.lists(IDS, min_size=1, max_size=12))
+def test_verbatim_equals_membership_in_a_set(training: list[list[int]], samples: list[list[int]]) -> None:
+    tokens = np.array([token for sequence in training for token in sequence], dtype=np.uint16)
+    offsets = np.cumsum([0] + [len(sequence) for sequence in training])
+    known = {tuple(sequence) for sequence in training}
+    expected = sum(tuple(sample) in known for sample in samples) / len(samples)
+    assert verbatim_fraction(samples, sequence_hashes(tokens, offsets)) == pytest.approx(expected)

@@ -1,0 +1,1 @@
+"""One typed configuration: schema, loading, cross-field checks."""

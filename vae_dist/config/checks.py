@@ -1,0 +1,82 @@
+"""Checks across fields: each names the two values that clash and the change that mends them."""
+
+from __future__ import annotations
+
+from vae_dist.config.schema import Config, TransformerConfig
+
+
+def cross_field_problems(config: Config) -> list[str]:
+    """Every combination in `config` that cannot work, as messages; empty when there is none."""
+    return [
+        *_data_problems(config),
+        *_batch_problems(config),
+        *_model_problems(config),
+        *_length_problems(config),
+    ]
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` closest to `wanted` (the smaller one on a tie)."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: (abs(d - wanted), d))
+
+
+def worker_problem(workers: int, streams: int) -> str | None:
+    """Why `workers` cannot share `streams` canonical streams, or None."""
+    if streams % workers == 0:
+        return None
+    return (
+        f"{workers} workers cannot share data.streams = {streams} evenly. Use "
+        f"cluster.workers={nearest_divisor(streams, workers)}, or a data.streams that is a multiple of {workers}."
+    )
+
+
+def _data_problems(config: Config) -> list[str]:
+    problems = []
+    prepare = config.data.prepare
+    if prepare.valid_fraction + prepare.test_fraction >= 1.0:
+        problems.append(
+            f"data.prepare.valid_fraction + test_fraction = {prepare.valid_fraction + prepare.test_fraction:g} "
+            "leaves nothing to train on. Make their sum smaller than 1."
+        )
+    return problems
+
+
+def _batch_problems(config: Config) -> list[str]:
+    problems = []
+    batch, streams = config.train.batch_sequences, config.data.streams
+    if batch % streams:
+        below = batch - batch % streams
+        nearest = f"{below} or {below + streams}" if below else str(streams)
+        problems.append(
+            f"train.batch_sequences = {batch} is not a multiple of data.streams = {streams}. "
+            f"Use train.batch_sequences={nearest}, or data.streams={nearest_divisor(batch, streams)}."
+        )
+    if config.cluster.workers is not None:
+        problem = worker_problem(config.cluster.workers, streams)
+        problems += [problem] if problem else []
+    return problems
+
+
+def _model_problems(config: Config) -> list[str]:
+    problems = []
+    for name, part in (("encoder", config.model.encoder), ("decoder", config.model.decoder)):
+        if isinstance(part, TransformerConfig) and part.hidden_dim % (2 * part.num_heads):
+            problems.append(
+                f"model.{name}.hidden_dim = {part.hidden_dim} must be a multiple of 2 x num_heads = "
+                f"{2 * part.num_heads} (rotary positions pair the dimensions of a head)."
+            )
+    if config.model.bidirectional and isinstance(config.model.encoder, TransformerConfig):
+        problems.append("model.bidirectional belongs to LSTM encoders; a Transformer encoder already sees both sides.")
+    return problems
+
+
+def _length_problems(config: Config) -> list[str]:
+    problems = []
+    budget = config.train.micro_batch_tokens
+    if budget is not None and config.data.dir is None and budget < config.data.prepare.max_tokens:
+        problems.append(
+            f"train.micro_batch_tokens = {budget} cannot hold one sequence of data.prepare.max_tokens = "
+            f"{config.data.prepare.max_tokens}. Raise the first or lower the second."
+        )
+    return problems

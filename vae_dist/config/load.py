@@ -1,0 +1,148 @@
+"""Load a configuration: defaults < one YAML file < `key.path=value`, every problem reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from vae_dist.config.checks import cross_field_problems
+from vae_dist.config.schema import Config
+from vae_dist.errors import ConfigError
+
+KeyPath = tuple[str, ...]
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The validated configuration.
+
+    Args:
+        path: a YAML file, or None for the embedded default.
+        overrides: `key.path=value` strings; values are YAML scalars, lists or mappings.
+
+    Raises:
+        ConfigError: all problems found (unknown keys with the nearest real one and the YAML line,
+            wrong types, values out of range, combinations that cannot work), in one message.
+    """
+    tree, lines = _read_yaml(Path(path)) if path is not None else ({}, {})
+    origin = {key: f"{path}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        _apply_override(tree, override, origin)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_list_problems([_describe(e, tree, origin) for e in error.errors()])) from None
+    problems = cross_field_problems(config)
+    if problems:
+        raise ConfigError(_list_problems(problems))
+    return config
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def canonical_json(value: BaseModel | dict[str, Any]) -> str:
+    """JSON with sorted keys: the same value always gives the same text, fit for hashing."""
+    data = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"There is no configuration file {path}.{hint}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable as YAML: {error}") from None
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections (data:, model:, ...), not {type(tree).__name__}.")
+    return tree, dict(_key_lines(node, ()))
+
+
+def _names_beside(path: Path) -> list[str]:
+    return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def _key_lines(node: Any, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*prefix, str(key.value))
+            yield here, key.start_mark.line + 1
+            yield from _key_lines(value, here)
+
+
+def _apply_override(tree: dict[str, Any], override: str, origin: dict[KeyPath, str]) -> None:
+    dotted, separator, text = override.partition("=")
+    keys = tuple(dotted.split("."))
+    if not separator or not all(keys):
+        raise ConfigError(f"Override {override!r} is not of the form key.path=value, such as train.seed=1.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value in override {override!r} is not YAML: {error}") from None
+    branch = tree
+    for key in keys[:-1]:
+        branch = branch.setdefault(key, {})
+        if not isinstance(branch, dict):
+            raise ConfigError(f"Override {override!r}: {key!r} is a value, not a section.")
+    branch[keys[-1]] = value
+    origin[keys] = f"override {override!r}"
+
+
+def _describe(error: Any, tree: dict[str, Any], origin: dict[KeyPath, str]) -> str:
+    # pydantic names the chosen variant of a union in the location ("encoder", "lstm", "hidden_dim").
+    keys = tuple(str(part) for part in error["loc"])
+    written = _written_path(keys, tree)
+    where = next((origin[written[:n]] for n in range(len(written), 0, -1) if written[:n] in origin), "defaults")
+    name = ".".join(written)
+    if error["type"] == "extra_forbidden":
+        siblings = _fields_beside(keys)
+        near = difflib.get_close_matches(keys[-1], siblings, n=1, cutoff=0.5)
+        fix = f"Did you mean {near[0]!r}?" if near else f"Known keys here: {', '.join(siblings)}."
+        return f"{where}: unknown key {name!r}. {fix}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{where}: {name} = {error['input']!r}: {message}."
+
+
+def _written_path(keys: KeyPath, tree: dict[str, Any]) -> KeyPath:
+    written: list[str] = []
+    branch: Any = tree
+    for key in keys:
+        if isinstance(branch, dict) and key not in branch and key in ("lstm", "transformer"):
+            continue
+        written.append(key)
+        branch = branch.get(key) if isinstance(branch, dict) else None
+    return tuple(written)
+
+
+def _fields_beside(keys: KeyPath) -> list[str]:
+    """Field names of the section that the last key of the path was written in."""
+    section: type[BaseModel] = Config
+    for key in keys[:-1]:
+        candidates = [section.model_fields[key].annotation] if key in section.model_fields else []
+        for annotation in candidates:
+            options = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+            named = [o for o in options if o.model_fields.get("kind") and o.model_fields["kind"].default == keys[-2]]
+            if options:
+                section = (named or options)[0]
+    return sorted(section.model_fields)
+
+
+def _list_problems(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return f"The configuration has a problem: {problems[0]}"
+    listing = "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))
+    return f"The configuration has {len(problems)} problems:\n{listing}"

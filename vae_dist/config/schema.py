@@ -1,0 +1,233 @@
+"""The configuration, typed to the leaves. The string under a field is its documentation.
+
+Every value has a default: `Config()` is the embedded default run on the docstring corpus. Sections are
+grouped by what they decide; `RESULT_SECTIONS` names the ones that change the trained weights and so
+enter the default run name, while workers, ZeRO stage, storage and logging do not.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Frozen, closed to unknown keys, and strict about types (no silent "3" -> 3)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class PrepareConfig(Section):
+    """How text becomes a data set directory."""
+
+    format: Literal["auto", "docstrings", "text", "jsonl", "parquet"] = "auto"
+    """What the source holds; `auto` decides by the name (`docstrings`, .txt/.gz, .jsonl, .parquet)."""
+    record: Literal["line", "paragraph"] = "line"
+    """In text files one sequence is one line, or one paragraph (blank-line separated, lines joined)."""
+    text_field: str = "text"
+    """The column (Parquet) or key (JSONL) that holds the text."""
+    lowercase: bool = False
+    """Lower-case the text before tokenising."""
+    tokenizer: str = "word"
+    """`word`, `bpe`, or the path of a Hugging Face tokenizer.json."""
+    pre_tokenizer: Literal["whitespace", "words"] = "whitespace"
+    """Word tokenizer: split at white space only (text that is tokenised already), or also around punctuation."""
+    vocab_size: Annotated[int, Field(ge=8, le=2**31 - 1)] = 10_000
+    """Largest vocabulary, the special tokens (<pad> <s> </s> <unk>) included."""
+    min_frequency: Positive = 1
+    """Words or merges rarer than this in the training split are left out of the vocabulary."""
+    max_tokens: Annotated[int, Field(ge=2)] = 128
+    """Longest sequence in tokens, the end-of-sequence token included."""
+    too_long: Literal["truncate", "drop", "split"] = "truncate"
+    """What happens to a longer sequence; the count is in the manifest and in the output."""
+    valid_fraction: Fraction = 0.05
+    """Share of sequences held out for validation, by a hash of the text, when the source brings no split."""
+    test_fraction: Fraction = 0.05
+    """Share of sequences held out for testing, likewise."""
+    deduplicate: bool = False
+    """Drop a text that occurred before, in any split."""
+    shard_bytes: Annotated[int, Field(ge=4096)] = 64 * 2**20
+    """Target size of a tar shard in bytes."""
+    member_sequences: Positive = 1024
+    """Sequences in one tar member (one Arrow record batch)."""
+
+
+class DataConfig(Section):
+    """Which data, and the order in which training reads it."""
+
+    source: str = "docstrings"
+    """`docstrings`, or a file, directory or URL of text, JSONL or Parquet; prepared once and cached."""
+    dir: str | None = None
+    """A data set directory made by `vae-dist data prepare`; when given, `source` is not read."""
+    prepare: PrepareConfig = PrepareConfig()
+    streams: Positive = 8
+    """Canonical streams S: the number of workers must divide it and it must divide the global batch."""
+    length_groups: Positive = 64
+    """K: a stream sorts windows of K batches by length, so that a batch is homogeneous in length."""
+    shuffle_block_sequences: Positive = 256
+    """Neighbouring sequences kept together by the first level of the shuffle (sequential reads)."""
+    shuffle_window_sequences: Positive = 65_536
+    """Sequences over which the second level of the shuffle permutes within a stream."""
+
+
+class LstmConfig(Section):
+    """A recurrent encoder or decoder."""
+
+    kind: Literal["lstm"] = "lstm"
+    hidden_dim: Positive = 256
+    """Hidden state size (per direction in an encoder)."""
+    num_layers: Positive = 1
+    """Stacked layers."""
+
+
+class TransformerConfig(Section):
+    """A Transformer encoder or decoder: RMSNorm, rotary positions, SwiGLU."""
+
+    kind: Literal["transformer"] = "transformer"
+    hidden_dim: Positive = 256
+    """Model width."""
+    num_layers: Positive = 4
+    """Blocks."""
+    num_heads: Positive = 4
+    """Attention heads; must divide hidden_dim into even head sizes (rotary positions)."""
+    mlp_ratio: Annotated[float, Field(gt=0.0)] = 8 / 3
+    """Width of the SwiGLU layer over hidden_dim, rounded up to a multiple of 32."""
+
+
+Backbone = Annotated[LstmConfig | TransformerConfig, Field(discriminator="kind")]
+
+
+class ModelConfig(Section):
+    """Encoder, latent, decoder."""
+
+    embedding_dim: Positive = 256
+    """Size of the token embeddings, shared by encoder and decoder."""
+    encoder: Backbone = LstmConfig()
+    decoder: Backbone = LstmConfig()
+    bidirectional: bool = False
+    """LSTM encoder: read the sequence in both directions."""
+    latent_dim: Positive = 32
+    """D, dimensions of z."""
+    injection: Literal["embedding", "memory", "both"] = "both"
+    """How z reaches the decoder: added to every input embedding, as memory (initial state of an LSTM,
+    a prefix position of a Transformer), or both."""
+    tie_embeddings: bool = True
+    """The output projection is the embedding matrix."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    """Dropout on embeddings and on the decoder's output."""
+    word_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability that a decoder input token is replaced by <unk>."""
+
+
+class ObjectiveConfig(Section):
+    """-ELBO per sequence, in nats: rec + beta * KL."""
+
+    beta: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the KL after the warm-up."""
+    beta_start: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the KL at step 0."""
+    beta_warmup_fraction: Fraction = 0.3
+    """Share of the run's steps over which beta goes linearly from beta_start to beta."""
+    free_bits_nats_per_dim: Annotated[float, Field(ge=0.0)] = 0.0
+    """Per example and dimension the KL counts at least this much (Li et al. 2019); 0 is off."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with warm-up and cosine decay."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Peak learning rate."""
+    min_learning_rate_ratio: Fraction = 0.05
+    """The cosine ends at this share of the peak."""
+    warmup_steps: NonNegative = 100
+    """Steps of linear warm-up."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled weight decay on matrices (not on biases, norms and embeddings)."""
+    gradient_clip_norm: Annotated[float, Field(ge=0.0)] = 5.0
+    """Global norm at which the gradient of the per-sequence loss is clipped; 0 is off."""
+
+
+class TrainConfig(Section):
+    """Length, batch and numerics of the run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seeds initialisation, order, noise and sampling."""
+    epochs: Annotated[float, Field(gt=0.0)] = 6.0
+    """Passes over the training split."""
+    steps: Positive | None = None
+    """Optimizer steps; when given, `epochs` is not used."""
+    batch_sequences: Positive = 64
+    """B, sequences in a global batch, whatever the number of workers."""
+    micro_batch_tokens: Positive | None = None
+    """Padded tokens a worker puts through the model at once; null: its whole share of the batch."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 on GPUs and on processors with AMX or AVX512-BF16, else fp32."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """Backend of the fused loss; `auto`: Triton on GPUs, torch on processors."""
+    activation_checkpointing: bool = False
+    """Recompute Transformer blocks in the backward pass instead of keeping their activations."""
+
+
+class EvaluateConfig(Section):
+    """Validation during the run and the evaluation at its end."""
+
+    every_steps: Positive | None = None
+    """Validate every so many steps; null: about ten times in the run."""
+    max_sequences: Positive | None = 2000
+    """Validation sequences used during the run; the evaluation at the end uses all of them."""
+    batch_sequences: Positive = 64
+    """Sequences in an evaluation batch, over all workers."""
+    num_samples: Positive = 20
+    """Samples drawn for the report, with seeds 0, 1, ..."""
+
+
+class RunConfig(Section):
+    """Where the run lives and what it leaves behind."""
+
+    storage: str = "runs"
+    """Directory of runs and of cached data sets; shared by all nodes of a cluster."""
+    name: str | None = None
+    """Run directory under `storage`; null: a hash of everything that changes the result."""
+    log_every_steps: Positive = 20
+    """Steps between two log lines."""
+    checkpoint_every_steps: Positive | None = None
+    """Steps between checkpoints; null: about ten in the run."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints kept."""
+
+
+class ClusterConfig(Section):
+    """Workers and how DeepSpeed shards the model over them."""
+
+    workers: Positive | None = None
+    """Training workers; null: one per GPU of the cluster, or two where there are none."""
+    cpus_per_worker: Positive | None = None
+    """CPUs (and threads) of a worker; null: an equal share of this machine."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters sharded."""
+    collective_timeout_seconds: Positive = 600
+    """A collective that waits longer fails the run."""
+
+
+class Config(Section):
+    """Everything a run needs to know."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    run: RunConfig = RunConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+RESULT_SECTIONS = ("data", "model", "objective", "optimizer", "train")

@@ -1,0 +1,121 @@
+"""Batched decoding: latents to token sequences, one decoder step for all rows at a time. Pure torch.
+
+Shapes: B rows, D latent, V vocabulary.
+
+Every random number is a counter-based function of (row's seed, position), so a row's text does not depend
+on which other rows share its batch (up to rounding of the logits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from vae_kernels import gaussian_rsample_kl, philox_uniform
+
+from vae_dist.data.batch import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from vae_dist.model.vae import TextVAE
+
+PRIOR_STREAM = 3
+TOKEN_STREAM = 4
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a token is chosen from the decoder's distribution.
+
+    Attributes:
+        temperature: 0 is greedy; 1 is the model's own distribution.
+        top_k: keep the k likeliest tokens; 0 is off.
+        top_p: keep the smallest set of likeliest tokens whose mass reaches p; 1 is off.
+        max_tokens: stop after so many tokens, end of sequence included.
+        allow_unknown: let the model write <unk>; by default its mass goes to the other tokens.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_tokens: int = 64
+    allow_unknown: bool = False
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One decoded row.
+
+    Attributes:
+        tokens: ids, the end-of-sequence token included when it was reached.
+        log_prob: sum of the log-probabilities (nats) under the model's own distribution.
+        finished: whether the end of sequence was reached within `max_tokens`.
+    """
+
+    tokens: list[int]
+    log_prob: float
+    finished: bool
+
+
+def prior_latents(seeds: Sequence[int], latent_dim: int, scale: float = 1.0) -> torch.Tensor:
+    """z ~ N(0, scale^2 I) for each seed, float32 [B, D]; row i depends on seeds[i] alone."""
+    zeros = torch.zeros(len(seeds), latent_dim)
+    ids = torch.tensor(list(seeds), dtype=torch.int64)
+    return scale * gaussian_rsample_kl(zeros, zeros, _KEY, ids, stream=PRIOR_STREAM, backend="torch").z[0]
+
+
+@torch.inference_mode()
+def generate(vae: TextVAE, z_BD: torch.Tensor, seeds: Sequence[int], decoding: Decoding) -> list[Generated]:
+    """Decode latents to tokens.
+
+    Args:
+        vae: in eval mode.
+        z_BD: float32 latents.
+        seeds: one per row; not used when greedy.
+        decoding: how tokens are chosen.
+    """
+    device, count = z_BD.device, z_BD.shape[0]
+    seed_B = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+    banned = [PAD_ID, BOS_ID] + ([] if decoding.allow_unknown else [UNK_ID])
+    token_B = torch.full((count,), BOS_ID, dtype=torch.int64, device=device)
+    state = vae.decoder.start(z_BD, decoding.max_tokens)
+    log_prob_B = torch.zeros(count, device=device)
+    done_B = torch.zeros(count, dtype=torch.bool, device=device)
+    columns = []
+    for position in range(decoding.max_tokens):
+        logits_BV, state = vae.step(token_B, z_BD, state, position)
+        log_prob_BV = torch.log_softmax(logits_BV, dim=-1)
+        chosen_B = _choose(logits_BV.index_fill(1, torch.tensor(banned, device=device), -torch.inf),
+                           seed_B, position, decoding)
+        token_B = torch.where(done_B, PAD_ID, chosen_B)
+        log_prob_B += torch.where(done_B, 0.0, log_prob_BV.gather(1, chosen_B[:, None])[:, 0])
+        columns.append(token_B)
+        done_B = done_B | (token_B == EOS_ID)
+        if bool(done_B.all()):
+            break
+    rows = torch.stack(columns, dim=1).tolist() if columns else [[] for _ in range(count)]
+    return [
+        Generated([t for t in row if t != PAD_ID], log_prob, done)
+        for row, log_prob, done in zip(rows, log_prob_B.tolist(), done_B.tolist(), strict=True)
+    ]
+
+
+def _choose(logits_BV: torch.Tensor, seed_B: torch.Tensor, position: int, decoding: Decoding) -> torch.Tensor:
+    """One token id per row: the likeliest, or the inverse CDF at the row's uniform number."""
+    if decoding.temperature == 0.0:
+        return logits_BV.argmax(dim=-1)
+    sorted_BV, id_BV = torch.sort(logits_BV / decoding.temperature, dim=-1, descending=True, stable=True)
+    prob_BV = torch.softmax(sorted_BV, dim=-1)
+    if decoding.top_k:
+        prob_BV[:, decoding.top_k :] = 0.0
+    if decoding.top_p < 1.0:
+        # A token stays while the mass before it is below p, so at least one always does.
+        prob_BV[prob_BV.cumsum(-1) - prob_BV >= decoding.top_p] = 0.0
+    cumulative_BV = prob_BV.double().cumsum(-1)
+    key = _KEY.to(logits_BV.device)
+    uniform_B = philox_uniform(key, seed_B, torch.tensor(position, device=seed_B.device), stream=TOKEN_STREAM)
+    threshold_B1 = uniform_B.double()[:, None] * cumulative_BV[:, -1:]
+    rank_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0]
+    last_B = (prob_BV > 0).sum(-1) - 1
+    return id_BV.gather(1, torch.minimum(rank_B, last_B)[:, None])[:, 0]
+
+
+_KEY = torch.zeros(2, dtype=torch.int64)

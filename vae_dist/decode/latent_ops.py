@@ -1,0 +1,88 @@
+"""Text in, text out: sampling, reconstruction and interpolation on a loaded model. CLI, report and server share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vae_dist.data.batch import Batch, collate
+from vae_dist.data.sequences import Sequences
+from vae_dist.data.tokenizer import Tokenizer
+from vae_dist.decode.generate import Decoding, Generated, generate, prior_latents
+from vae_dist.errors import DataError
+from vae_dist.model.vae import TextVAE
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model and its tokenizer, ready for text. `max_tokens` bounds what is encoded and decoded."""
+
+    vae: TextVAE
+    tokenizer: Tokenizer
+    max_tokens: int
+
+    def sample(
+        self, count: int, seed: int, decoding: Decoding, prior_scale: float = 1.0
+    ) -> tuple[list[str], list[Generated], torch.Tensor]:
+        """Texts from the prior; row i is drawn with seed + i, alone or in any company. Also rows and z [n, D]."""
+        seeds = range(seed, seed + count)
+        z_BD = prior_latents(seeds, self.vae.config.latent_dim, prior_scale).to(self._device)
+        rows = generate(self.vae, z_BD, seeds, decoding)
+        return self.texts(rows), rows, z_BD
+
+    def encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+        """Posterior mean and log-variance [n, D], and which texts were truncated to `max_tokens`."""
+        batch, truncated = self.batch(texts)
+        with torch.inference_mode():
+            mean, logvar = self.vae.encode(batch.tokens_BT, batch.lengths_B)
+        return mean, logvar, truncated
+
+    def reconstruct(self, texts: Sequence[str], seed: int, decoding: Decoding) -> tuple[list[str], list[Generated]]:
+        """Each text decoded from its posterior mean."""
+        mean_BD, _, _ = self.encode(texts)
+        rows = generate(self.vae, mean_BD, range(seed, seed + len(texts)), decoding)
+        return self.texts(rows), rows
+
+    def interpolate(
+        self, a: str, b: str, steps: int, path: str, seed: int, decoding: Decoding
+    ) -> tuple[list[float], list[str], list[Generated]]:
+        """`steps` points from a's posterior mean (t = 0) to b's (t = 1), along a line or a great circle."""
+        mean_BD, _, _ = self.encode([a, b])
+        t = torch.linspace(0.0, 1.0, steps, device=mean_BD.device)
+        between = slerp if path == "slerp" else torch.lerp
+        z_BD = torch.stack([between(mean_BD[0], mean_BD[1], weight) for weight in t])
+        rows = generate(self.vae, z_BD, [seed] * steps, decoding)
+        return t.tolist(), self.texts(rows), rows
+
+    def batch(self, texts: Sequence[str]) -> tuple[Batch, list[bool]]:
+        """Texts as a padded batch; a text longer than `max_tokens` keeps its start and its end of sequence."""
+        encoded = self.tokenizer.encode_batch(list(texts))
+        truncated = [len(ids) > self.max_tokens for ids in encoded]
+        kept = [np.append(ids[: self.max_tokens - 1], ids[-1]) if cut else ids
+                for ids, cut in zip(encoded, truncated, strict=True)]
+        for text, ids in zip(texts, kept, strict=True):
+            if len(ids) < 2:
+                raise DataError(f"The text {text!r} holds no token. Give at least one word.")
+        return collate(Sequences.from_list(kept), np.arange(len(kept))).to(self._device), truncated
+
+    def texts(self, rows: Sequence[Generated]) -> list[str]:
+        """Decoded rows as text."""
+        return [self.tokenizer.decode(row.tokens) for row in rows]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.vae.output_bias.device
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Spherical interpolation of direction with linear interpolation of length; a line for parallel vectors."""
+    length_a, length_b = a.norm(), b.norm()
+    cosine = (a @ b / (length_a * length_b).clamp(min=1e-12)).clamp(-1.0, 1.0)
+    angle = torch.acos(cosine)
+    if float(angle.sin()) < 1e-4:
+        return torch.lerp(a, b, t)
+    direction = (torch.sin((1 - t) * angle) * a / length_a + torch.sin(t * angle) * b / length_b) / angle.sin()
+    return direction * torch.lerp(length_a, length_b, t)

@@ -1,0 +1,187 @@
+"""The end of a run, on one process: export the model, evaluate it, compare it, and write report and result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+
+from vae_dist.config.load import dump_yaml
+from vae_dist.data.batch import BOS_ID, PAD_ID
+from vae_dist.data.dataset import Dataset, Split
+from vae_dist.decode.generate import Decoding
+from vae_dist.decode.latent_ops import TextModel
+from vae_dist.engine.loop import Trained
+from vae_dist.engine.plan import RunPlan
+from vae_dist.evaluate.latent import ACTIVE_UNIT_THRESHOLD, variance_of_mean
+from vae_dist.evaluate.likelihood import score_split, summarise, swapped_rec_per_seq
+from vae_dist.evaluate.ngram import KneserNeyBigram, Unigram
+from vae_dist.evaluate.text_metrics import distinct_n, sequence_hashes, verbatim_fraction
+from vae_dist.export.model_dir import load_model, write_model
+from vae_dist.model.vae import count_parameters
+from vae_dist.observe.metrics import read_metrics
+from vae_dist.observe.report import write_report
+from vae_dist.observe.versions import versions
+
+# Beyond this the n-gram models and the verbatim check read the first part of the training split only.
+_BASELINE_TOKENS = 20_000_000
+_SHOWN_RECONSTRUCTIONS = 8
+_INTERPOLATION_STEPS = 7
+
+HEADLINE_METRICS = (
+    "elbo_per_seq",
+    "rec_per_seq",
+    "kl_per_seq",
+    "nll_per_token",
+    "ppl",
+    "active_units",
+    "mutual_information_nats",
+)
+
+
+def finish(plan: RunPlan, trained: Trained, workers: int, device: torch.device) -> dict[str, Any]:
+    """Write `model/`, `report.html` and `result.json`; returns the result, the run's JSON line."""
+    if device.type == "cpu":
+        # The other workers are done: this one may use the whole machine.
+        torch.set_num_threads(os.cpu_count() or 1)
+    dataset = Dataset.open(plan.data_dir)
+    write_model(
+        plan.run_dir / "model",
+        trained.weights,
+        plan.config.model,
+        dataset.tokenizer,
+        dataset.split("train").max_tokens,
+        {"run": plan.run_dir.name, "steps": trained.steps, "tokens_seen": trained.tokens_seen},
+    )
+    loaded = load_model(plan.run_dir / "model", device)
+    model = TextModel(loaded.vae, loaded.tokenizer, loaded.max_tokens)
+    report = _compose(plan, trained, dataset, model, workers, device)
+    write_report(report, plan.run_dir / "report.html")
+    result = report["headline"]
+    temporary = plan.run_dir / "result.json.tmp"
+    temporary.write_text(json.dumps(result), encoding="utf-8")
+    os.replace(temporary, plan.run_dir / "result.json")
+    return result
+
+
+def _compose(
+    plan: RunPlan, trained: Trained, dataset: Dataset, model: TextModel, workers: int, device: torch.device
+) -> dict[str, Any]:
+    records = read_metrics(plan.run_dir)
+    curves = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "valid")}
+    train_tokens, offsets = read_all(dataset.split("train"), _BASELINE_TOKENS)
+    report: dict[str, Any] = {
+        "title": f"vae_dist: {plan.run_dir.name}",
+        "run_dir": str(plan.run_dir),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "curves": curves,
+        "samples": _samples(plan, model, train_tokens, offsets),
+        "counts": {
+            "parameters": count_parameters(model.vae),
+            **{f"{name}_{unit}": getattr(dataset.split(name), unit)
+               for name in dataset.splits for unit in ("sequences", "tokens")},
+        },
+        "config_yaml": dump_yaml(plan.config),
+        "versions": versions(),
+        "next_commands": next_commands(plan),
+    }
+    speed = [r["tokens_per_second"] for r in curves["train"]] or [0.0]
+    valid, baselines = {}, {}
+    if "valid" in dataset.splits:
+        valid = _evaluate(plan, dataset, model, report)
+        baselines = _baselines(train_tokens, offsets, dataset.split("valid"), dataset.tokenizer.vocab_size)
+    report["throughput"] = {
+        "tokens_per_second": statistics.median(speed),
+        "step_seconds_median": statistics.median([r["step_seconds"] for r in curves["train"]] or [0.0]),
+        "workers": workers,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "precision": plan.config.train.precision,
+    }
+    report["headline"] = {
+        "run_dir": str(plan.run_dir),
+        "data_dir": plan.data_dir,
+        "steps": trained.steps,
+        "tokens_seen": trained.tokens_seen,
+        "tokens_per_second": statistics.median(speed),
+        "valid": {name: valid[name] for name in HEADLINE_METRICS if name in valid},
+        "baselines": baselines,
+        "seconds": time.time() - plan.started_at,
+    }
+    return report
+
+
+def _evaluate(plan: RunPlan, dataset: Dataset, model: TextModel, report: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate on the whole validation split; adds the report's sections on latent and reconstruction."""
+    split, settings = dataset.split("valid"), {"seed": plan.config.train.seed, "batch_sequences": 64}
+    scores = score_split(model.vae, split, **settings)
+    assert scores is not None
+    valid = summarise(scores)
+    swapped = swapped_rec_per_seq(model.vae, split, scores, **settings)
+    report["kl_per_dim"] = valid["kl_per_dim"]
+    report["active_unit_threshold"] = ACTIVE_UNIT_THRESHOLD
+    report["variance_of_posterior_mean_per_dim"] = variance_of_mean(scores.mean).tolist()
+    report["latent_use"] = {
+        "nll_own_z_per_seq": valid["rec_per_seq"],
+        "nll_swapped_z_per_seq": swapped,
+        "swap_cost_nats_per_seq": swapped - valid["rec_per_seq"],
+        "sequences": valid["sequences"],
+    }
+    shown = min(split.sequences, _SHOWN_RECONSTRUCTIONS)
+    inputs = [dataset.tokenizer.decode(ids) for ids in split.read(0, shown)]
+    greedy = Decoding(temperature=0.0, max_tokens=model.max_tokens)
+    outputs, _ = model.reconstruct(inputs, 0, greedy)
+    report["reconstructions"] = [{"input": a, "output": b} for a, b in zip(inputs, outputs, strict=True)]
+    if shown > 1:
+        t, texts, _ = model.interpolate(inputs[0], inputs[1], _INTERPOLATION_STEPS, "linear", 0, greedy)
+        points = [{"t": at, "text": text} for at, text in zip(t, texts, strict=True)]
+        report["interpolation"] = {"a": inputs[0], "b": inputs[1], "points": points}
+    return valid
+
+
+def _samples(plan: RunPlan, model: TextModel, tokens: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
+    decoding = Decoding(max_tokens=model.max_tokens)
+    texts, rows, _ = model.sample(plan.config.evaluate.num_samples, 0, decoding)
+    ids = [row.tokens for row in rows]
+    return {
+        "seed_first": 0,
+        "texts": texts,
+        "verbatim_fraction": verbatim_fraction(ids, sequence_hashes(tokens, offsets)),
+        "distinct_2": distinct_n(ids, 2),
+        "decoding": {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p},
+    }
+
+
+def _baselines(tokens: np.ndarray, offsets: np.ndarray, valid: Split, vocab_size: int) -> dict[str, float]:
+    held_out = read_all(valid, _BASELINE_TOKENS)
+    excluded = (PAD_ID, BOS_ID)
+    unigram = Unigram((tokens, offsets), vocab_size, excluded_ids=excluded)
+    bigram = KneserNeyBigram((tokens, offsets), vocab_size, bos_id=BOS_ID, excluded_ids=excluded)
+    return {"unigram_ppl": unigram.perplexity(held_out), "bigram_ppl": bigram.perplexity(held_out)}
+
+
+def read_all(split: Split, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """A split's tokens, flat, and offsets; its first part when it has more than `max_tokens`."""
+    parts = []
+    count = split.sequences if split.tokens <= max_tokens else split.sequences * max_tokens // split.tokens
+    for first in range(0, count, 65_536):
+        parts.append(split.read(first, min(65_536, count - first)))
+    joined = type(parts[0]).concatenate(parts)
+    return joined.tokens, joined.offsets
+
+
+def next_commands(plan: RunPlan) -> list[str]:
+    """What a person would do now."""
+    model = os.path.relpath(plan.run_dir / "model")
+    return [
+        f"vae-dist eval {model} {os.path.relpath(plan.data_dir)} --split test --importance-samples 100",
+        f"vae-dist sample {model} --num 10",
+        f"vae-dist interpolate {model} 'return the number of rows.' 'raise an error if the file is missing.'",
+        f"vae-dist serve {model}",
+    ]

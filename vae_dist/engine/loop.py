@@ -1,0 +1,164 @@
+"""The training loop: fetch, forward/backward, finite check, log, save, evaluate. One loop for every machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from vae_dist.config.schema import Config
+from vae_dist.data.dataset import Dataset
+from vae_dist.data.stream import Stream
+from vae_dist.engine.checkpoint import load_newest, save_checkpoint
+from vae_dist.engine.plan import RunPlan, order_spec
+from vae_dist.engine.precision import autocast_dtype
+from vae_dist.engine.step import TrainStep
+from vae_dist.engine.zero import build_engine, full_weights
+from vae_dist.errors import RunFailed
+from vae_dist.evaluate.likelihood import score_split, summarise
+from vae_dist.model.vae import TextVAE
+from vae_dist.objective.elbo import NegativeElbo
+from vae_dist.objective.schedule import beta_at, learning_rate_at
+from vae_dist.observe.metrics import MetricsWriter
+from vae_dist.observe.window import MetricsWindow
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves on every rank: whole float32 weights and where the loop ended."""
+
+    weights: dict[str, torch.Tensor]
+    steps: int
+    tokens_seen: int
+    finished: bool
+
+
+def train(plan: RunPlan, device: torch.device, should_stop: Callable[[], bool]) -> Trained:
+    """Train from the newest checkpoint to the last step, or until a rank is told to stop."""
+    config, dataset = plan.config, Dataset.open(plan.data_dir)
+    engine = _build(config, dataset.tokenizer.vocab_size, device)
+    loaded = load_newest(engine, plan.run_dir / "checkpoints")
+    step, window = loaded.step, MetricsWindow(loaded.tokens_seen)
+    metrics = _open_metrics(plan, step)
+    stream = Stream(
+        dataset.split("train"),
+        order_spec(config, dataset.split("train"), plan.manifest_hash),
+        dist.get_rank(),
+        dist.get_world_size(),
+    )
+    train_step, stopped = TrainStep(engine, config, plan.total_steps), False
+    shares = stream.shares(step, plan.total_steps)
+    for share in shares:
+        batches, stopped = train_step.batches(share, should_stop())
+        if stopped:
+            break
+        window.add(train_step(step, batches, share.real_sequences))
+        step += 1
+        last = step == plan.total_steps
+        if last or step % config.run.log_every_steps == 0:
+            _log(metrics, plan, step, window, engine)
+        if last or step % plan.checkpoint_every == 0:
+            _save(metrics, plan, step, window, engine)
+        if "valid" in dataset.splits and (last or step % plan.evaluate_every == 0):
+            _validate(metrics, plan, step, engine, dataset)
+            window.skip_time()
+    shares.close()
+    if stopped:
+        _save(metrics, plan, step, window, engine)
+    weights = full_weights(engine)
+    if metrics:
+        metrics.close()
+    engine.destroy()
+    tokens = window.tokens_seen
+    return Trained({_vae_name(n): w for n, w in weights.items()}, step, tokens, finished=not stopped)
+
+
+def _build(config: Config, vocab_size: int, device: torch.device) -> deepspeed.DeepSpeedEngine:
+    deepspeed.init_distributed()
+    torch.manual_seed(config.train.seed)
+    vae = TextVAE(
+        config.model,
+        vocab_size,
+        kernels=config.train.kernels,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+    objective = NegativeElbo(
+        vae, config.objective.free_bits_nats_per_dim, autocast_dtype(config.train.precision, device)
+    )
+    return build_engine(
+        objective.to(device),
+        config.optimizer,
+        config.cluster.zero_stage,
+        config.train.batch_sequences,
+        dist.get_world_size(),
+    )
+
+
+def _open_metrics(plan: RunPlan, step: int) -> MetricsWriter | None:
+    if dist.get_rank() != 0:
+        return None
+    metrics = MetricsWriter(plan.run_dir, step)
+    where = f"resuming from step {step}" if step else "starting"
+    metrics.write("event", step, {"message": f"{where} with {dist.get_world_size()} workers"})
+    return metrics
+
+
+def _log(metrics: MetricsWriter | None, plan: RunPlan, step: int, window: MetricsWindow, engine: Any) -> None:
+    """Reduce the window over ranks, check that the loss is finite, write it."""
+    values = window.reduce()
+    _require_finite(values["elbo_per_seq"], plan, step)
+    norm = engine.get_global_grad_norm()
+    values |= {
+        "beta": beta_at(step - 1, plan.total_steps, plan.config.objective),
+        "learning_rate": learning_rate_at(step - 1, plan.total_steps, plan.config.optimizer),
+        "grad_norm": float(norm) if norm is not None else None,
+        "epoch": step / plan.steps_per_epoch,
+        "seconds_left": (plan.total_steps - step) * values["step_seconds"],
+    }
+    if metrics:
+        metrics.write("train", step, values)
+
+
+def _save(metrics: MetricsWriter | None, plan: RunPlan, step: int, window: MetricsWindow, engine: Any) -> None:
+    started = time.monotonic()
+    tokens_seen, loss = window.totals()
+    _require_finite(loss, plan, step)
+    path = save_checkpoint(
+        engine, plan.run_dir / "checkpoints", step, tokens_seen, plan.config.run.keep_checkpoints
+    )
+    if metrics:
+        name = str(path.relative_to(plan.run_dir))
+        metrics.write("checkpoint", step, {"path": name, "seconds": time.monotonic() - started})
+    window.skip_time()
+
+
+def _require_finite(loss: float, plan: RunPlan, step: int) -> None:
+    if not math.isfinite(loss):
+        raise RunFailed(
+            f"The loss is not finite at step {step} ({loss}). The newest checkpoint in "
+            f"{plan.run_dir / 'checkpoints'} is from before. Lower optimizer.learning_rate or "
+            "optimizer.gradient_clip_norm and train under another run.name."
+        )
+
+
+def _validate(metrics: MetricsWriter | None, plan: RunPlan, step: int, engine: Any, dataset: Dataset) -> None:
+    scores = score_split(
+        engine.module.vae,
+        dataset.split("valid"),
+        seed=plan.config.train.seed,
+        batch_sequences=max(1, plan.config.evaluate.batch_sequences // dist.get_world_size()),
+        max_sequences=plan.config.evaluate.max_sequences,
+        autocast=engine.module.autocast,
+    )
+    if metrics and scores is not None:
+        metrics.write("valid", step, summarise(scores))
+
+
+def _vae_name(name: str) -> str:
+    return name.removeprefix("vae.")

@@ -1,0 +1,142 @@
+"""What a run will do, derived from its configuration and data before anything is launched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vae_dist.config.load import canonical_json, dump_yaml
+from vae_dist.config.schema import RESULT_SECTIONS, Config
+from vae_dist.data.dataset import Dataset, Split
+from vae_dist.data.order import OrderSpec
+from vae_dist.errors import CheckpointError, DataError
+
+_REPORTS_PER_RUN = 10
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything a worker needs, small enough to ship to each.
+
+    Attributes:
+        result_hash: names everything that changes the trained weights.
+        total_steps: optimizer steps of the run.
+        started_at: when the command was given, seconds since the epoch.
+    """
+
+    config: Config
+    run_dir: Path
+    data_dir: str
+    manifest_hash: str
+    result_hash: str
+    total_steps: int
+    steps_per_epoch: int
+    evaluate_every: int
+    checkpoint_every: int
+    started_at: float
+
+
+def order_spec(config: Config, split: Split, manifest_hash: str) -> OrderSpec:
+    """The training order that the configuration asks for."""
+    return OrderSpec(
+        sequences=split.sequences,
+        manifest_hash=manifest_hash,
+        seed=config.train.seed,
+        streams=config.data.streams,
+        batch_sequences=config.train.batch_sequences,
+        length_groups=config.data.length_groups,
+        block_sequences=config.data.shuffle_block_sequences,
+        window_sequences=config.data.shuffle_window_sequences,
+    )
+
+
+def plan_run(config: Config, dataset: Dataset, data_dir: str, started_at: float) -> RunPlan:
+    """Fix the run's steps, intervals and directory.
+
+    Raises:
+        DataError: the data set does not fit the configuration.
+    """
+    split = dataset.split("train")
+    budget = config.train.micro_batch_tokens
+    if budget is not None and budget < split.max_tokens:
+        raise DataError(
+            f"train.micro_batch_tokens = {budget} cannot hold the longest training sequence of {data_dir}, "
+            f"{split.max_tokens} tokens. Raise it to at least that."
+        )
+    spec = order_spec(config, split, dataset.manifest_hash)
+    total = config.train.steps or max(1, round(config.train.epochs * spec.steps_per_epoch))
+    result_hash = _result_hash(config, dataset.manifest_hash)
+    return RunPlan(
+        config=config,
+        run_dir=Path(config.run.storage).resolve() / (config.run.name or f"run-{result_hash[:12]}"),
+        data_dir=data_dir,
+        manifest_hash=dataset.manifest_hash,
+        result_hash=result_hash,
+        total_steps=total,
+        steps_per_epoch=spec.steps_per_epoch,
+        evaluate_every=config.evaluate.every_steps or max(1, -(-total // _REPORTS_PER_RUN)),
+        checkpoint_every=config.run.checkpoint_every_steps or max(1, -(-total // _REPORTS_PER_RUN)),
+        started_at=started_at,
+    )
+
+
+def claim_run_dir(plan: RunPlan, provenance: dict[str, Any]) -> None:
+    """Create the run directory, or check that the one there belongs to this configuration and data.
+
+    Raises:
+        CheckpointError: the directory holds another run; names the keys that differ.
+    """
+    record = plan.run_dir / "run.json"
+    if record.exists():
+        there = json.loads(record.read_text(encoding="utf-8"))
+        if there["result_hash"] != plan.result_hash:
+            raise CheckpointError(
+                f"{plan.run_dir} belongs to another run: {_differences(there, plan)}. Use another run.name (or null, "
+                "which names the run by its configuration), or restore those values to resume it."
+            )
+        return
+    if plan.run_dir.exists() and any(plan.run_dir.iterdir()):
+        raise CheckpointError(f"{plan.run_dir} is not empty and holds no run. Use another run.name or run.storage.")
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    (plan.run_dir / "resolved.yaml").write_text(dump_yaml(plan.config), encoding="utf-8")
+    identity = {
+        "result_hash": plan.result_hash,
+        "manifest_hash": plan.manifest_hash,
+        "result_config": _result_config(plan.config),
+        "data_dir": plan.data_dir,
+        **provenance,
+    }
+    record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+
+
+def _result_config(config: Config) -> dict[str, Any]:
+    """The part of the configuration that changes the trained weights.
+
+    Where the data came from is left out: the manifest hash says what it is.
+    """
+    sections = {name: getattr(config, name).model_dump(mode="json") for name in RESULT_SECTIONS}
+    for key in ("source", "dir", "prepare"):
+        sections["data"].pop(key)
+    return sections
+
+
+def _result_hash(config: Config, manifest_hash: str) -> str:
+    text = canonical_json({"config": _result_config(config), "manifest": manifest_hash})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _differences(there: dict[str, Any], plan: RunPlan) -> str:
+    here = _flatten(_result_config(plan.config)) | {"the data set's manifest": plan.manifest_hash[:12]}
+    before = _flatten(there["result_config"]) | {"the data set's manifest": there["manifest_hash"][:12]}
+    names = [n for n in sorted(here.keys() | before.keys()) if here.get(n) != before.get(n)]
+    return ", ".join(f"{n} was {before.get(n)!r} and is now {here.get(n)!r}" for n in names)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

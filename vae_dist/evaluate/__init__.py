@@ -1,0 +1,1 @@
+"""Likelihood, latent diagnostics, n-gram baselines and text metrics."""

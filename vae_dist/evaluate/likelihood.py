@@ -1,0 +1,198 @@
+"""Scoring a split: -ELBO, importance-weighted NLL, and the quantities that show whether the latent is used.
+
+Definitions (nats, sums over a sequence's tokens, the end-of-sequence token counted, BOS and padding not):
+
+    rec = -log p(x | z), z ~ q(z | x)           kl = KL(q(z | x) || p(z)), analytic          elbo = -(rec + kl)
+    iw  = logsumexp_k [log p(x | z_k) + log p(z_k) - log q(z_k | x)] - log K    (Burda et al. 2016)
+
+Perplexities divide by the number of predicted tokens. The same code runs on one process and, with every rank
+scoring its share, on all workers of a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from vae_dist.data.batch import Batch, collate
+from vae_dist.data.dataset import Split
+from vae_dist.data.order import mix, permute
+from vae_dist.data.stream import gather
+from vae_dist.evaluate.latent import active_units, kl_per_dim, mutual_information
+from vae_dist.model.vae import TextVAE
+
+EVALUATION_STREAM = 2
+_WINDOW_SEQUENCES = 8192
+_BLOCK_SEQUENCES = 256
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-sequence results of n sequences, D latent dimensions.
+
+    Attributes:
+        number: int64[n], sequence numbers in the split.
+        tokens: int64[n], predicted tokens.
+        rec, kl: float64[n], nats.
+        iw_log_likelihood: float64[n], nats; NaN where no importance samples were asked for.
+        mean, logvar, z: float32[n, D], posterior parameters and one sample.
+    """
+
+    number: np.ndarray
+    tokens: np.ndarray
+    rec: np.ndarray
+    kl: np.ndarray
+    iw_log_likelihood: np.ndarray
+    mean: np.ndarray
+    logvar: np.ndarray
+    z: np.ndarray
+
+    @staticmethod
+    def concatenate(parts: list[Scores]) -> Scores:
+        """All parts, ordered by sequence number."""
+        joined = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Scores)}
+        order = np.argsort(joined["number"], kind="stable")
+        return Scores(**{name: values[order] for name, values in joined.items()})
+
+
+@torch.no_grad()
+def score_split(
+    vae: TextVAE,
+    split: Split,
+    *,
+    seed: int,
+    batch_sequences: int,
+    importance_samples: int = 0,
+    max_sequences: int | None = None,
+    autocast: torch.dtype | None = None,
+) -> Scores | None:
+    """Score a split, or a random `max_sequences` of it, over all ranks of the process group if there is one.
+
+    Args:
+        vae: the model; put into eval mode for the duration.
+        seed: of the latent noise and of the choice of sequences.
+        batch_sequences: sequences in a batch of one rank.
+        importance_samples: K of the importance-weighted bound; 0 leaves it out.
+        autocast: compute dtype, or None for the weights' own.
+
+    Returns:
+        the scores of all ranks on rank 0, None elsewhere.
+    """
+    device = next(vae.parameters()).device
+    rng = torch.tensor([seed, 0], dtype=torch.int64, device=device)
+    was_training = vae.training
+    vae.eval()
+    parts = []
+    for numbers, batch in _batches(split, seed, batch_sequences, max_sequences):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            output = vae(batch.to(device), rng, num_samples=max(1, importance_samples), stream=EVALUATION_STREAM)
+        parts.append(_scores(numbers, batch, output, importance_samples))
+    vae.train(was_training)
+    return _gather(Scores.concatenate(parts))
+
+
+def summarise(scores: Scores) -> dict[str, Any]:
+    """Averages of `scores` under the names every metric of this project uses; units are in the names."""
+    count, tokens = len(scores.number), int(scores.tokens.sum())
+    rec, kl = math.fsum(scores.rec) / count, math.fsum(scores.kl) / count
+    summary: dict[str, Any] = {
+        "elbo_per_seq": -(rec + kl),
+        "rec_per_seq": rec,
+        "kl_per_seq": kl,
+        "nll_per_token": (rec + kl) * count / tokens,
+        "ppl": _exp((rec + kl) * count / tokens),
+        "active_units": active_units(scores.mean),
+        "mutual_information_nats": mutual_information(scores.mean, scores.logvar, scores.z),
+        "sequences": count,
+        "tokens": tokens,
+    }
+    if not np.isnan(scores.iw_log_likelihood).any():
+        iw_nll = -math.fsum(scores.iw_log_likelihood) / count
+        summary |= {"iw_nll_per_seq": iw_nll, "iw_ppl": _exp(iw_nll * count / tokens)}
+    summary["kl_per_dim"] = kl_per_dim(scores.mean, scores.logvar).tolist()
+    return summary
+
+
+def swapped_rec_per_seq(vae: TextVAE, split: Split, scores: Scores, *, seed: int, batch_sequences: int) -> float:
+    """Mean rec (nats per sequence) when each sequence is decoded with another one's z; single process.
+
+    The other sequence is the next one in a random cyclic order, so no sequence keeps its own z.
+    """
+    count = len(scores.number)
+    cycle = permute(np.arange(count), count, mix(seed, 5))
+    other = np.empty(count, dtype=np.int64)
+    other[cycle] = np.roll(cycle, 1)
+    position = {int(number): row for row, number in enumerate(scores.number)}
+    device = next(vae.parameters()).device
+    rng = torch.tensor([seed, 0], dtype=torch.int64, device=device)
+    total = 0.0
+    with torch.no_grad():
+        for numbers, batch in _batches(split, seed, batch_sequences, None):
+            rows = [position[int(n)] for n in numbers if int(n) in position]
+            if len(rows) != len(numbers) or not rows:
+                continue
+            z_BD = torch.from_numpy(scores.z[other[rows]]).to(device)
+            total += float(vae(batch.to(device), rng, z_BD=z_BD).rec_KB[0].double().sum())
+    return total / count
+
+
+def _batches(
+    split: Split, seed: int, batch_sequences: int, max_sequences: int | None
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """This rank's batches: (sequence numbers, padded batch), equally many on every rank.
+
+    Sequences are sorted by length within windows, so padding is small; ranks take turns, and a rank without
+    a batch in the last round gets one padding sequence, because ZeRO-3 needs every rank in every forward.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    total = min(split.sequences, max_sequences or split.sequences)
+    for start in range(0, total, _WINDOW_SEQUENCES):
+        index = np.arange(start, min(start + _WINDOW_SEQUENCES, total), dtype=np.int64)
+        numbers = permute(index, split.sequences, mix(seed, 6)) if total < split.sequences else index
+        sequences = gather(split, numbers, _BLOCK_SEQUENCES)
+        by_length = np.argsort(sequences.lengths, kind="stable")
+        cuts = [by_length[i : i + batch_sequences] for i in range(0, len(by_length), batch_sequences)]
+        for turn in range(0, len(cuts), world):
+            rows = cuts[turn + rank] if turn + rank < len(cuts) else by_length[:0]
+            yield numbers[rows], collate(sequences.take(rows), numbers[rows])
+
+
+def _scores(numbers: np.ndarray, batch: Batch, output: Any, importance_samples: int) -> Scores:
+    count = len(numbers)
+    iw_B = torch.full((len(batch.lengths_B),), math.nan)
+    if importance_samples:
+        log_weight_KB = -output.rec_KB.double() + output.latent.log_p.double() - output.latent.log_q.double()
+        iw_B = torch.logsumexp(log_weight_KB, dim=0) - math.log(importance_samples)
+
+    def host(tensor: torch.Tensor, dtype: Any) -> np.ndarray:
+        return tensor[:count].cpu().numpy().astype(dtype)
+
+    return Scores(
+        number=numbers,
+        tokens=host(batch.lengths_B, np.int64),
+        rec=host(output.rec_KB.double().mean(0), np.float64),
+        kl=host(output.latent.kl, np.float64),
+        iw_log_likelihood=host(iw_B, np.float64),
+        mean=host(output.mean_BD.float(), np.float32),
+        logvar=host(output.logvar_BD.float(), np.float32),
+        z=host(output.latent.z[0].float(), np.float32),
+    )
+
+
+def _gather(scores: Scores) -> Scores | None:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return scores
+    parts: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(scores, parts if dist.get_rank() == 0 else None, dst=0)
+    return Scores.concatenate(parts) if dist.get_rank() == 0 else None
+
+
+def _exp(nats: float) -> float:
+    """exp without an OverflowError: a model that diverged has an infinite perplexity."""
+    return math.exp(nats) if nats < 700 else math.inf

@@ -1,0 +1,54 @@
+"""What generated text looks like beside the training text: diversity and copying. Token ids only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import xxhash
+
+_ID = np.dtype("<u4")
+
+
+def distinct_n(sentences: Iterable[Sequence[int]], n: int) -> float:
+    """Distinct n-grams over all n-grams (Li et al. 2016), in [0, 1]; 0.0 where no sentence has n tokens.
+
+    N-grams do not cross sentences. The value falls as text grows: compare only sets of the same size.
+    """
+    if n < 1:
+        raise ValueError(f"n-grams have at least one token, got n={n}")
+    seen: set[tuple[int, ...]] = set()
+    total = 0
+    for sentence in sentences:
+        for start in range(len(sentence) - n + 1):
+            seen.add(tuple(sentence[start : start + n]))
+            total += 1
+    return len(seen) / total if total else 0.0
+
+
+def sequence_hashes(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Sorted distinct hashes of sequences tokens[offsets[i]:offsets[i + 1]], uint64: 8 bytes a sequence, any length.
+
+    A hash covers the ids, not their dtype. A sample collides by chance with one of n sequences with probability
+    n / 2^64.
+    """
+    ids = tokens.astype(_ID)
+    bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    return np.unique(np.fromiter((_hash(ids[a:b]) for a, b in bounds), np.uint64, len(offsets) - 1))
+
+
+def verbatim_fraction(samples: Sequence[Sequence[int]], training_hashes: np.ndarray) -> float:
+    """Fraction of samples that equal a whole training sequence, the end of sequence included; 0.0 without samples.
+
+    Args:
+        samples: token ids; one cut off before its end of sequence equals no training sequence.
+        training_hashes: from `sequence_hashes`.
+    """
+    if len(samples) == 0:
+        return 0.0
+    hashes = np.array([_hash(np.asarray(sample, dtype=_ID)) for sample in samples], dtype=np.uint64)
+    return float(np.isin(hashes, training_hashes).mean())
+
+
+def _hash(ids: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(ids.tobytes())

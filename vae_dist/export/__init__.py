@@ -1,0 +1,1 @@
+"""The exported model directory: safetensors and JSON, no pickle."""

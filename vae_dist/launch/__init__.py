@@ -1,0 +1,1 @@
+"""Ray drivers. With `serve`, the only place that imports ray."""

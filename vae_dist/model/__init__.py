@@ -1,0 +1,1 @@
+"""Encoders, latent, decoders and the VAE composed of them: torch only."""

@@ -1,0 +1,1 @@
+"""The ELBO, its schedules and its anti-collapse terms: torch only."""

@@ -1,0 +1,44 @@
+"""One line a person can read for each metrics record. Fixed width, greppable, units stated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def format_record(record: dict[str, Any], total_steps: int) -> str | None:
+    """The line for a record of metrics.jsonl, or None for kinds that are not shown."""
+    formatter = {"train": _train, "valid": _valid, "checkpoint": _checkpoint, "event": _event}.get(record["kind"])
+    return formatter(record, total_steps) if formatter else None
+
+
+def format_seconds(seconds: float) -> str:
+    """42s, 3m 05s, 2h 07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
+
+
+def _train(r: dict[str, Any], total_steps: int) -> str:
+    return (
+        f"step {r['step']:>6}/{total_steps}  ELBO {r['elbo_per_seq']:8.2f}  rec {r['rec_per_seq']:7.2f}  "
+        f"KL {r['kl_per_seq']:6.2f} nats/seq  active {r['active_units']:>3}  beta {r['beta']:.2f}  "
+        f"{r['tokens_per_second']:>8,.0f} tok/s  left {format_seconds(r['seconds_left'])}"
+    )
+
+
+def _valid(r: dict[str, Any], total_steps: int) -> str:
+    return (
+        f"valid{r['step']:>6}/{total_steps}  ELBO {r['elbo_per_seq']:8.2f}  rec {r['rec_per_seq']:7.2f}  "
+        f"KL {r['kl_per_seq']:6.2f} nats/seq  active {r['active_units']:>3}  PPL {r['ppl']:.1f}  "
+        f"MI {r['mutual_information_nats']:.2f} nats"
+    )
+
+
+def _checkpoint(r: dict[str, Any], total_steps: int) -> str:
+    return f"saved{r['step']:>6}/{total_steps}  {r['path']} ({r['seconds']:.1f} s)"
+
+
+def _event(r: dict[str, Any], total_steps: int) -> str:
+    return f"      {r['message']}"

@@ -1,0 +1,77 @@
+"""Metrics between two log lines: summed on the device, reduced over ranks once, when they are printed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vae_dist.evaluate.latent import ACTIVE_UNIT_THRESHOLD
+from vae_dist.objective.elbo import ElboTerms
+
+
+class MetricsWindow:
+    """Collects the terms of each step; asks the device for nothing until `reduce`.
+
+    `tokens_seen` counts target tokens of all ranks up to the last `reduce`, over restarts too.
+    """
+
+    def __init__(self, tokens_seen: int) -> None:
+        self.tokens_seen = tokens_seen
+        self._sums: ElboTerms | None = None
+        self._steps = 0
+        self._seconds = 0.0
+        self._mark = time.monotonic()
+
+    def add(self, terms: ElboTerms) -> None:
+        """Add one step; its time runs since the last `add` or `skip_time`, waiting for data included."""
+        self._sums = terms if self._sums is None else ElboTerms(*(a + b for a, b in zip(self._sums, terms)))
+        self._steps += 1
+        now = time.monotonic()
+        self._seconds += now - self._mark
+        self._mark = now
+
+    def skip_time(self) -> None:
+        """What passed since the last step was no training: a save or a validation."""
+        self._mark = time.monotonic()
+
+    def totals(self) -> tuple[int, float]:
+        """Tokens seen up to now, and the summed loss of the open window (0.0 if it is empty). Collective."""
+        if self._sums is None:
+            return self.tokens_seen, 0.0
+        sums = _all_reduce(self._sums)
+        return self.tokens_seen + int(sums.tokens), float(sums.rec + sums.kl)
+
+    def reduce(self) -> dict[str, Any]:
+        """Averages over the window and all ranks, by metric name; starts a new window. Collective."""
+        assert self._sums is not None, "a window is reduced after a step was added"
+        sums = _all_reduce(self._sums)
+        count, tokens = float(sums.sequences), int(sums.tokens)
+        rec, kl = float(sums.rec) / count, float(sums.kl) / count
+        # The variance of the posterior means over this window's sequences: active units, live.
+        variance = (sums.mean_square - sums.mean.square() / count) / max(1.0, count - 1.0)
+        self.tokens_seen += tokens
+        values = {
+            "elbo_per_seq": -(rec + kl),
+            "rec_per_seq": rec,
+            "kl_per_seq": kl,
+            "kl_counted_per_seq": float(sums.kl_counted) / count,
+            "nll_per_token": (rec + kl) * count / tokens,
+            "active_units": int((variance >= ACTIVE_UNIT_THRESHOLD).sum()),
+            "tokens_per_second": tokens / self._seconds,
+            "step_seconds": self._seconds / self._steps,
+            "tokens_seen": self.tokens_seen,
+        }
+        self._sums, self._steps, self._seconds = None, 0, 0.0
+        return values
+
+
+def _all_reduce(sums: ElboTerms) -> ElboTerms:
+    """Sums over ranks, float64 on the host, in one collective."""
+    shapes = [t.shape for t in sums]
+    flat = torch.cat([t.detach().double().reshape(-1) for t in sums])
+    dist.all_reduce(flat)
+    parts = flat.cpu().split([shape.numel() for shape in shapes])
+    return ElboTerms(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))

@@ -1,0 +1,111 @@
+"""`python -m vae_dist.train [CONFIG] [key.path=value ...]`: parse, validate, prepare, plan, launch.
+
+Without a configuration it trains on the docstring corpus. The same command again resumes an interrupted run
+and answers at once when the run is finished. Progress goes to standard error; the last line of standard
+output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vae_dist.config.load import load_config
+from vae_dist.config.schema import Config
+from vae_dist.data.dataset import Dataset
+from vae_dist.data.prepare import prepare_cached
+from vae_dist.engine.plan import RunPlan, claim_run_dir, plan_run
+from vae_dist.errors import VaeDistError
+from vae_dist.observe.console import fail, say
+from vae_dist.observe.versions import versions
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 finished (or saved after a signal), 1 failed, 2 the input is wrong."""
+    started_at = time.time()
+    try:
+        path, overrides = _split_arguments(sys.argv[1:] if arguments is None else arguments)
+        config = load_config(path, overrides)
+        return run(config, started_at)
+    except VaeDistError as error:
+        return fail(error)
+
+
+def run(config: Config, started_at: float) -> int:
+    """Prepare the data, then train, or say that the run is finished."""
+    data_dir, dataset = _open_data(config)
+    plan = plan_run(config, dataset, data_dir, started_at)
+    claim_run_dir(plan, _provenance())
+    finished = plan.run_dir / "result.json"
+    if finished.exists():
+        say(f"{plan.run_dir} is finished; nothing to do. Report: {plan.run_dir / 'report.html'}")
+        print(finished.read_text(encoding="utf-8"))
+        return 0
+    return _launch(plan)
+
+
+def _launch(plan: RunPlan) -> int:
+    # Ray takes seconds to import: not for a mistyped key or a finished run.
+    from vae_dist.launch.cluster import connect, size_worker_group
+    from vae_dist.launch.trainer import fit
+
+    say(f"run {plan.run_dir}: {plan.total_steps} steps of {plan.config.train.batch_sequences} sequences")
+    connect()
+    outcome = fit(plan, size_worker_group(plan.config))
+    if outcome.result is None:
+        say(f"saved at step {outcome.steps} of {plan.total_steps}; the same command resumes")
+        print(json.dumps({"run_dir": str(plan.run_dir), "steps": outcome.steps, "finished": False}))
+        return 0
+    _say_next(plan)
+    print(json.dumps(outcome.result))
+    return 0
+
+
+def _say_next(plan: RunPlan) -> None:
+    from vae_dist.engine.finish import next_commands
+
+    say(f"\nreport: {plan.run_dir / 'report.html'}\nnext:")
+    for command in next_commands(plan):
+        say(f"  {command}")
+
+
+def _open_data(config: Config) -> tuple[str, Dataset]:
+    if config.data.dir is not None:
+        return str(Path(config.data.dir).resolve()) if "://" not in config.data.dir else config.data.dir, Dataset.open(
+            config.data.dir
+        )
+    storage = Path(config.run.storage).resolve()
+    dataset, path = prepare_cached(config.data.source, config.data.prepare, storage / "data")
+    return str(path), dataset
+
+
+def _provenance() -> dict[str, Any]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "git_sha": commit.stdout.strip() if commit.returncode == 0 else None,
+        "versions": versions(),
+        "driver_host": socket.gethostname(),
+        "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The configuration file, if the first argument is one, and the overrides."""
+    if arguments and "=" not in arguments[0]:
+        if arguments[0] in ("-h", "--help"):
+            print(__doc__)
+            raise SystemExit(0)
+        return arguments[0], list(arguments[1:])
+    return None, list(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
