@@ -1,4 +1,7 @@
-"""Fused operations of a text VAE: Triton kernels on GPUs, tuned torch on CPUs. Needs torch; Triton for GPUs."""
+"""Fused operations for text VAEs: Triton kernels on GPUs, tuned torch elsewhere, one signature for both.
+
+Needs torch; Triton only when a Triton kernel is used. See ../README.md for the mathematics.
+"""
 
 from vae_kernels.backend import resolve_backend
 from vae_kernels.gaussian_rsample_kl import GaussianSample, gaussian_rsample_kl

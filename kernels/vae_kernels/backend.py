@@ -1,43 +1,67 @@
-"""Which implementation runs an op: Triton kernels or torch operators."""
+"""Which implementation runs: Triton kernels or torch."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 
 import torch
 
-logger = logging.getLogger("vae_kernels")
+_LOG = logging.getLogger("vae_kernels")
 BACKENDS = ("auto", "triton", "torch")
 
 
 def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
-    """`triton` or `torch` for tensors like this one; logged once for each choice and reason.
+    """The backend that handles `tensor`: "triton" or "torch". The first use of each reason is logged.
 
-    `auto` is Triton on CUDA tensors and torch elsewhere. Asking for Triton on a CPU works only in Triton's
-    interpreter, which is for tests.
+    Args:
+        backend: "auto" takes Triton for half and single precision on CUDA and torch for the rest; "triton"
+            and "torch" insist.
+        tensor: the operation's main input; its device and dtype decide.
 
     Raises:
         ValueError: unknown name.
-        RuntimeError: Triton was asked for where it cannot run.
+        RuntimeError: "triton" was insisted on where it cannot run.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    on_gpu = tensor.device.type == "cuda"
-    if backend == "auto":
-        chosen, reason = ("triton", "the tensors are on a GPU") if on_gpu else ("torch", "the tensors are on a CPU")
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+    if backend == "torch":
+        choice, reason = "torch", "asked for"
+    elif backend == "triton":
+        problem = _why_not_triton(tensor)
+        if problem is not None:
+            raise RuntimeError(f"backend='triton' cannot run here: {problem}")
+        choice, reason = "triton", "asked for"
     else:
-        chosen, reason = backend, "it was asked for"
-    if chosen == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(
-            "backend='triton' needs CUDA tensors; on a CPU it runs only in the interpreter: set TRITON_INTERPRET=1 "
-            "before Python starts, or use backend='torch'."
+        choice, reason = _automatic(tensor)
+    _log_once(choice, reason)
+    return choice
+
+
+def _automatic(tensor: torch.Tensor) -> tuple[str, str]:
+    # TRITON_INTERPRET alone must not slow down a run on the CPU: the interpreter has to be asked for by name.
+    if tensor.device.type != "cuda":
+        return "torch", f"automatic: tensors on {tensor.device.type}"
+    problem = _why_not_triton(tensor)
+    return ("triton", "automatic: tensors on cuda") if problem is None else ("torch", f"automatic: {problem}")
+
+
+def _why_not_triton(tensor: torch.Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; install the version your torch is built for"
+    if tensor.dtype == torch.float64:
+        return "the Triton kernels take float16, bfloat16 and float32, not float64; use backend='torch'"
+    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"the tensors are on {tensor.device.type} and Triton compiles for CUDA; move them to a GPU, use "
+            "backend='auto' or 'torch', or set TRITON_INTERPRET=1 before Python starts to run the kernels in "
+            "Triton's (slow) interpreter"
         )
-    _log_once(chosen, reason)
-    return chosen
+    return None
 
 
 @functools.cache
-def _log_once(chosen: str, reason: str) -> None:
-    logger.info("vae_kernels uses the %s backend: %s", chosen, reason)
+def _log_once(choice: str, reason: str) -> None:
+    _LOG.info("backend %s (%s)", choice, reason)

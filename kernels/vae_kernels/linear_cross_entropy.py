@@ -1,35 +1,30 @@
-"""Cross entropy of a linear projection, without ever holding the [N, V] float32 logits.
+"""Negative log-likelihood of a linear softmax layer without its [N, V] logits.
 
-Shapes: N tokens, H hidden, V vocabulary, B sequences, C rows of a chunk.
+Shapes: N rows (tokens, packed over sequences), H hidden, V vocabulary, B sequences. Everything is in nats.
 
-    logits = softcap * tanh(s / softcap),  s = logit_scale * x W^T + b        (softcap None: logits = s)
-    nll_n  = lse_n - (1 - a) logits[n, y_n] - a mean_v logits[n, v] + z_loss * lse_n^2,  a = label_smoothing
+The logits of a row are z = cap(logit_scale * (x @ weight.T + bias)), cap(z) = softcap * tanh(z / softcap) or
+z; its loss is, with p = softmax(z), a = label_smoothing and lse = logsumexp(z),
+
+    nll = (1 - a) (-log p[target]) + a mean_j(-log p[j]) + z_loss * lse^2.
+
+Sources: chunked heads and gradients formed in forward are common practice (for example Wijmans et al., "Cut
+your losses in large-vocabulary language models", 2024, section 4); label smoothing: Szegedy et al. (2016),
+section 7; z-loss: Chowdhery et al., "PaLM" (2022), section 5.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from vae_kernels import linear_cross_entropy_torch
 from vae_kernels.backend import resolve_backend
-from vae_kernels.segment_sum import segment_sum
+from vae_kernels.linear_cross_entropy_options import Gradients, LossOptions
+from vae_kernels.segment_sum import check_offsets, segment_ids, segment_sum
 
 REDUCTIONS = ("none", "sequence", "sum", "mean")
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """Everything about the loss that is no tensor."""
-
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float | None
-    logit_scale: float
-    max_saved_bytes: int
 
 
 def linear_cross_entropy(
@@ -48,114 +43,212 @@ def linear_cross_entropy(
     reduction: str = "none",
     max_saved_bytes: int = 2**31,
     backend: str = "auto",
-) -> Any:
-    """Negative log-likelihood of `target` under softmax(x W^T + b), in nats.
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each row, each sequence or the batch, float32 (float64 for float64 inputs), in nats.
+
+    Without `weight_per_sequence`, forward keeps its inputs and one number per row, and backward forms the
+    logits again, with any upstream gradient per row. With it, the gradients are formed in forward in the same
+    sweep as the loss and backward only scales them, so the weight is not read after forward. Second
+    derivatives are refused.
 
     Args:
-        x: [N, H]; its dtype is that of the matrix products.
-        weight: [V, H], in x's dtype or float32; its gradient is accumulated in float32.
-        target: int64[N], below V, or `ignore_index` (nll 0, no gradient).
-        bias: [V].
-        cu_seqlens: integer [B + 1], where each sequence begins in N; needed for `sequence`.
-        weight_per_sequence: float [B]; then the result is (sum_b w_b nll_b, nll_b detached), and the gradients are
-            formed in the forward pass, from logits computed once. It has no gradient itself.
-        z_loss: adds z_loss * logsumexp^2 to each token.
-        softcap: bounds the logits smoothly.
-        reduction: none [N], sequence [B], sum, or mean over the tokens not ignored (0 if there are none).
-        max_saved_bytes: bound on what a backend may keep for the backward pass besides its inputs.
-        backend: auto, triton or torch.
+        x: [N, H], float16, bfloat16, float32 or float64.
+        weight: [V, H]; used in x's dtype (under autocast both are cast as `F.linear` casts them).
+        target: int64 [N], in [0, V) or ignore_index.
+        bias: [V], any floating dtype.
+        cu_seqlens: int32 or int64 [B + 1], offsets of the sequences in the rows: from 0 to N.
+        weight_per_sequence: floating point [B], needs cu_seqlens; receives no gradient.
+        ignore_index: rows with this target have loss 0 and no gradient.
+        label_smoothing: in [0, 1).
+        z_loss: coefficient of lse^2.
+        softcap: positive, or None for no cap.
+        logit_scale: factor on the logits, before the cap.
+        reduction: "none" -> [N]; "sequence" -> [B], sums; "sum" -> scalar; "mean" -> scalar, over the rows
+            that are not ignored (0 when all are). With weight_per_sequence it must be "none" or "sequence".
+        max_saved_bytes: bound on what forward may keep for backward beyond its inputs and results. This
+            version keeps nothing of size N * V, so every bound holds.
+        backend: "auto", "triton" or "torch".
 
     Returns:
-        float32 (float64 for float64 x) losses of the reduction's shape; see `weight_per_sequence`.
+        The reduced loss; with weight_per_sequence the pair (sum_b weight_b * nll_b, a differentiable scalar;
+        nll [B], detached).
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or options that do not fit.
+        IndexError: a target outside the vocabulary (found on the CPU only; on a GPU it is undefined, as in
+            torch).
+        RuntimeError: backend="triton" where Triton cannot run.
     """
-    _check(x, weight, target, cu_seqlens, weight_per_sequence, reduction)
-    chosen = resolve_backend(backend, x)
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale, max_saved_bytes)
-    if weight_per_sequence is not None:
-        lengths = cu_seqlens.diff()
-        row_weight = weight_per_sequence.detach().float().repeat_interleave(lengths, output_size=len(target))
-        weighted, nll = _WeightedSum.apply(x, weight, bias, target, row_weight, options, chosen)
-        return weighted, segment_sum(nll, cu_seqlens)
-    nll = _PerToken.apply(x, weight, bias, target, options, chosen)
-    if reduction == "none":
-        return nll
-    if reduction == "sequence":
-        return segment_sum(nll, cu_seqlens)
-    if reduction == "sum":
-        return nll.sum()
-    return nll.sum() / (target != ignore_index).sum().clamp(min=1)
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    x, weight = _operands(x, weight)
+    _check(x, weight, target, bias, max_saved_bytes)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
+    if cu_seqlens is not None:
+        check_offsets(cu_seqlens, x.shape[0])
+    elif reduction == "sequence" or weight_per_sequence is not None:
+        raise ValueError("reduction='sequence' and weight_per_sequence need cu_seqlens")
+    implementation = _implementation(resolve_backend(backend, x))
+    # The sums must run in the dtypes chosen here whatever autocast would make of them.
+    with torch.autocast(x.device.type, enabled=False):
+        if weight_per_sequence is not None:
+            assert cu_seqlens is not None
+            if reduction not in ("none", "sequence"):
+                raise ValueError(
+                    f"weight_per_sequence fixes the reduction; reduction={reduction!r} does not fit"
+                )
+            return _weighted(
+                x, weight, target, bias, cu_seqlens, weight_per_sequence, options, implementation
+            )
+        nll_N = _per_row(x, weight, target, bias, options, implementation)
+        if reduction == "sequence":
+            assert cu_seqlens is not None
+            return segment_sum(nll_N, cu_seqlens)
+        if reduction == "none":
+            return nll_N
+        total = nll_N.sum()
+        return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
+
+
+def _per_row(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    options: LossOptions,
+    implementation: Any,
+) -> torch.Tensor:
+    if _gradients_wanted(x, weight, bias):
+        return _RowLoss.apply(x, weight, bias, target, options, implementation)
+    return implementation.nll(x, weight, bias, target, options)[0]
+
+
+def _weighted(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    weight_per_sequence: torch.Tensor,
+    options: LossOptions,
+    implementation: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if weight_per_sequence.shape != (cu_seqlens.shape[0] - 1,):
+        raise ValueError(
+            f"weight_per_sequence must have shape ({cu_seqlens.shape[0] - 1},) to go with cu_seqlens, "
+            f"got {tuple(weight_per_sequence.shape)}"
+        )
+    if _gradients_wanted(x, weight, bias):
+        return _WeightedLoss.apply(
+            x, weight, bias, target, cu_seqlens, weight_per_sequence.detach(), options, implementation
+        )
+    nll_B = segment_sum(implementation.nll(x, weight, bias, target, options)[0], cu_seqlens)
+    return (weight_per_sequence.detach().to(nll_B.dtype) * nll_B).sum(), nll_B
+
+
+class _RowLoss(torch.autograd.Function):
+    """nll [N]; backward forms the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target: torch.Tensor,
+        options: LossOptions,
+        implementation: Any,
+    ) -> torch.Tensor:
+        nll_N, lse_N = implementation.nll(x, weight, bias, target, options)
+        ctx.save_for_backward(x, weight, bias, target, lse_N)
+        ctx.options, ctx.implementation = options, implementation
+        return nll_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias, target, lse_N = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            grads = ctx.implementation.gradients(
+                x, weight, bias, target, lse_N, grad_N.contiguous(), ctx.options, ctx.needs_input_grad[:3]
+            )
+        return (*grads, None, None, None)
+
+
+class _WeightedLoss(torch.autograd.Function):
+    """(sum of weight * nll, nll per sequence); gradients are ready before backward begins."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        weight_B: torch.Tensor,
+        options: LossOptions,
+        implementation: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        weight_B = weight_B.to(dtype)
+        row_weight_N = weight_B.index_select(0, segment_ids(cu_seqlens, x.shape[0]))
+        nll_N, grads = implementation.nll_and_gradients(
+            x, weight, bias, target, row_weight_N, options, ctx.needs_input_grad[:3]
+        )
+        ctx.save_for_backward(*grads)
+        nll_B = segment_sum(nll_N, cu_seqlens)
+        ctx.mark_non_differentiable(nll_B)
+        return (weight_B * nll_B).sum(), nll_B
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled: Gradients = tuple(
+            None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors
+        )
+        return (*scaled, None, None, None, None, None)
+
+
+def _gradients_wanted(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _implementation(backend: str) -> Any:
+    if backend == "torch":
+        return linear_cross_entropy_torch
+    # Triton is imported only once its kernels are wanted.
+    from vae_kernels import linear_cross_entropy_triton
+
+    return linear_cross_entropy_triton
+
+
+def _operands(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the dtype of the matrix products."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x, weight.to(x.dtype)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype)
 
 
 def _check(
     x: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    weight_per_sequence: torch.Tensor | None,
-    reduction: str,
+    bias: torch.Tensor | None,
+    max_saved_bytes: int,
 ) -> None:
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or target.shape != x.shape[:1]:
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"expected x [N, H], weight [V, H], target [N], not {tuple(x.shape)}, {tuple(weight.shape)}, "
-            f"{tuple(target.shape)}"
+            f"x must be [N, H] and weight [V, H], got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
-    if cu_seqlens is None and (reduction == "sequence" or weight_per_sequence is not None):
-        raise ValueError("reduction='sequence' and weight_per_sequence need cu_seqlens")
-
-
-def _implementation(backend: str) -> Any:
-    if backend == "triton":
-        from vae_kernels import linear_cross_entropy_triton
-
-        return linear_cross_entropy_triton
-    from vae_kernels import linear_cross_entropy_torch
-
-    return linear_cross_entropy_torch
-
-
-class _PerToken(torch.autograd.Function):
-    """nll[N]; the backward pass recomputes the logits, so any upstream gradient is exact."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, target: Any, options: LossOptions, backend: str) -> Any:
-        nll, lse = _implementation(backend).forward(x, weight, bias, target, options)
-        ctx.save_for_backward(x, weight, bias, target, lse)
-        ctx.settings = (options, backend)
-        return nll
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        options, backend = ctx.settings
-        x, weight, bias, target, lse = ctx.saved_tensors
-        grads = _implementation(backend).backward(
-            x, weight, bias, target, lse, g_nll.contiguous(), options, ctx.needs_input_grad[:3]
-        )
-        return (*grads, None, None, None)
-
-
-class _WeightedSum(torch.autograd.Function):
-    """(sum of row weight * nll, nll[N] detached), its gradients formed in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Any, weight: Any, bias: Any, target: Any, row_weight: Any, options: LossOptions, backend: str
-    ) -> Any:
-        implementation = _implementation(backend)
-        if any(ctx.needs_input_grad[:3]):
-            nll, grads = implementation.forward_with_gradients(
-                x, weight, bias, target, row_weight, options, ctx.needs_input_grad[:3]
-            )
-        else:
-            nll, grads = implementation.forward(x, weight, bias, target, options)[0], (None, None, None)
-        ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(nll)
-        return (nll * row_weight).sum(), nll
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_sum: torch.Tensor, g_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = [None if g is None else g * g_sum.to(g.dtype) for g in ctx.saved_tensors]
-        return (*grads, None, None, None, None)
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if target.shape != x.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(f"target must be int64 [{x.shape[0]}], got {target.dtype} {tuple(target.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError("weight has no rows: the vocabulary is empty")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if max_saved_bytes < 0:
+        raise ValueError(f"max_saved_bytes is {max_saved_bytes}; it must not be negative")

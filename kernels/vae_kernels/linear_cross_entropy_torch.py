@@ -1,172 +1,171 @@
-"""The torch backend: rows in chunks whose logits stay in cache, softmax in float32, dW accumulated in float32.
+"""Torch backend of `linear_cross_entropy.py`: chunks of rows, each chunk's logits formed once per sweep.
 
-Shapes: N tokens, H hidden, V vocabulary, C rows of a chunk. `g` is the gradient with respect to the logits
-before logit_scale, bias and softcap are undone.
+Shapes: N rows, C rows of a chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from vae_kernels.linear_cross_entropy import LossOptions
+from vae_kernels.linear_cross_entropy_options import Gradients, LossOptions, matmul_wide, row_loss
 
-# A chunk of float32 logits of about this size stays in the last-level cache of a server core.
-_CHUNK_BYTES = 4 * 2**20
-_MIN_CHUNK_ROWS = 64
-Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+# Float32 logits of one chunk. Large enough for an efficient matrix product at V = 50k (167 rows).
+CHUNK_BYTES = 2**25
 
 
-def forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, options: LossOptions
+def nll(
+    x_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    target_N: torch.Tensor,
+    options: LossOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """nll[N] and logsumexp[N], float32 (float64 for float64 x)."""
-    nll, lse = (x.new_empty(len(target), dtype=_wide(x)) for _ in range(2))
-    weight = weight.to(x.dtype)
-    for rows in _chunks(x, weight):
-        logits, _ = _logits(x[rows], weight, bias, options)
-        lse[rows] = torch.logsumexp(logits, dim=-1)
-        nll[rows] = _nll(logits, lse[rows], target[rows], options)
-    return nll, lse
+    """(loss [N], log-sum-exp [N])."""
+    sweep = _Sweep(x_NH, weight_VH, bias_V, target_N, options, (False, False, False))
+    for start in sweep.starts():
+        sweep.score(start)
+    return sweep.nll_N, sweep.lse_N
 
 
-def backward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    lse: torch.Tensor,
-    g_nll: torch.Tensor,
+def gradients(
+    x_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    target_N: torch.Tensor,
+    lse_N: torch.Tensor,
+    grad_N: torch.Tensor,
     options: LossOptions,
     needs: tuple[bool, ...],
 ) -> Gradients:
-    """Gradients of sum(g_nll * nll), logits recomputed chunk by chunk."""
-    sums = _GradientSums(x, weight, bias, options, needs)
-    for rows in _chunks(x, weight):
-        logits, slope = _logits(x[rows], sums.weight, bias, options)
-        sums.add(rows, logits, slope, lse[rows], target[rows], g_nll[rows])
-    return sums.result()
+    """Gradients of (x, weight, bias) for the upstream gradient of each row's loss."""
+    sweep = _Sweep(x_NH, weight_VH, bias_V, target_N, options, needs)
+    for start in sweep.starts():
+        sweep.differentiate(start, sweep.logits(start), lse_N, grad_N)
+    return sweep.gradients()
 
 
-def forward_with_gradients(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    row_weight: torch.Tensor,
+def nll_and_gradients(
+    x_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    target_N: torch.Tensor,
+    grad_N: torch.Tensor,
     options: LossOptions,
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor, Gradients]:
-    """nll[N] and the gradients of sum(row_weight * nll), from logits computed once."""
-    nll = x.new_empty(len(target), dtype=_wide(x))
-    sums = _GradientSums(x, weight, bias, options, needs)
-    for rows in _chunks(x, weight):
-        logits, slope = _logits(x[rows], sums.weight, bias, options)
-        lse = torch.logsumexp(logits, dim=-1)
-        nll[rows] = _nll(logits, lse, target[rows], options)
-        sums.add(rows, logits, slope, lse, target[rows], row_weight[rows])
-    return nll, sums.result()
+    """(loss [N], gradients) in one sweep, for upstream gradients known beforehand."""
+    sweep = _Sweep(x_NH, weight_VH, bias_V, target_N, options, needs)
+    for start in sweep.starts():
+        logits_CV = sweep.score(start)
+        sweep.differentiate(start, logits_CV, sweep.lse_N, grad_N)
+    return sweep.nll_N, sweep.gradients()
 
 
-class _GradientSums:
-    """Turns a chunk's logits into its share of dx, dW and db."""
+def rows_per_chunk(vocab: int, item_bytes: int) -> int:
+    """How many rows' logits fit into CHUNK_BYTES, at least one."""
+    return max(1, CHUNK_BYTES // (vocab * item_bytes))
+
+
+class _Sweep:
+    """One pass over the rows; holds what the chunks add up."""
 
     def __init__(
         self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        x_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        target_N: torch.Tensor,
         options: LossOptions,
         needs: tuple[bool, ...],
     ) -> None:
-        wide = _wide(x)
-        self.x, self.options = x, options
-        self.weight, self.weight_dtype = weight.to(x.dtype), weight.dtype
-        self.bias_dtype = bias.dtype if bias is not None else wide
-        self.dx = torch.empty_like(x) if needs[0] else None
-        self.dw = torch.zeros(weight.shape, dtype=wide, device=x.device) if needs[1] else None
-        self.db = torch.zeros(len(weight), dtype=wide, device=x.device) if bias is not None and needs[2] else None
+        self.x_NH, self.weight_VH, self.bias_V, self.options = x_NH, weight_VH, bias_V, options
+        self.wide = torch.float64 if x_NH.dtype == torch.float64 else torch.float32
+        self.ignored_N = target_N == options.ignore_index
+        self.target_N = target_N.masked_fill(self.ignored_N, 0)
+        _check_targets(self.target_N, weight_VH.shape[0])
+        self.rows = rows_per_chunk(weight_VH.shape[0], self.wide.itemsize)
+        self.nll_N = x_NH.new_empty(x_NH.shape[0], dtype=self.wide)
+        self.lse_N = torch.empty_like(self.nll_N)
+        self.grad_x_NH = torch.empty_like(x_NH) if needs[0] else None
+        # Wide accumulators: a half-precision sum over chunks loses what a long batch adds last.
+        self.grad_weight_VH = torch.zeros_like(weight_VH, dtype=self.wide) if needs[1] else None
+        self.grad_bias_V = weight_VH.new_zeros(weight_VH.shape[0], dtype=self.wide) if needs[2] else None
 
-    def add(
-        self,
-        rows: slice,
-        logits: torch.Tensor,
-        slope: torch.Tensor | None,
-        lse: torch.Tensor,
-        target: torch.Tensor,
-        g_nll: torch.Tensor,
+    def starts(self) -> range:
+        return range(0, self.x_NH.shape[0], self.rows)
+
+    def logits(self, start: int) -> torch.Tensor:
+        """Final logits of the chunk, wide [C, V]."""
+        logits_CV = matmul_wide(self.x_NH[start : start + self.rows], self.weight_VH.t())
+        if self.bias_V is not None:
+            logits_CV += self.bias_V.to(self.wide)
+        if self.options.logit_scale != 1.0:
+            logits_CV *= self.options.logit_scale
+        if self.options.softcap is not None:
+            logits_CV.div_(self.options.softcap).tanh_().mul_(self.options.softcap)
+        return logits_CV
+
+    def score(self, start: int) -> torch.Tensor:
+        """Fill the chunk's rows of nll and lse; return its logits."""
+        logits_CV = self.logits(start)
+        rows = slice(start, start + self.rows)
+        lse_C = torch.logsumexp(logits_CV, dim=-1)
+        target_logit_C = logits_CV.gather(1, self.target_N[rows, None])[:, 0]
+        mean_C = logits_CV.mean(dim=-1) if self.options.label_smoothing else None
+        self.lse_N[rows] = lse_C
+        self.nll_N[rows] = row_loss(lse_C, target_logit_C, mean_C, self.ignored_N[rows], self.options)
+        return logits_CV
+
+    def differentiate(
+        self, start: int, logits_CV: torch.Tensor, lse_N: torch.Tensor, grad_N: torch.Tensor
     ) -> None:
-        """Overwrites `logits`."""
-        options, vocab = self.options, logits.shape[1]
-        real = target != options.ignore_index
-        upstream = torch.where(real, g_nll.to(logits.dtype), 0.0)
-        g = logits.sub_(lse[:, None]).exp_().mul_((upstream * (1.0 + 2.0 * options.z_loss * lse))[:, None])
-        if options.label_smoothing:
-            g.sub_((upstream * options.label_smoothing / vocab)[:, None])
-        # The target's p - 1 is formed here, before any rounding to the dtype of the products.
-        column = torch.where(real, target, 0)[:, None]
-        g.scatter_add_(1, column, (-(1.0 - options.label_smoothing) * upstream)[:, None])
-        if slope is not None:
-            g.mul_(slope)
-        if self.db is not None:
-            self.db += g.sum(0)
-        if options.logit_scale != 1.0:
-            g.mul_(options.logit_scale)
-        narrow = g.to(self.x.dtype)
-        if self.dx is not None:
-            torch.mm(narrow, self.weight, out=self.dx[rows])
-        if self.dw is not None:
-            _add_product(self.dw, narrow.t(), self.x[rows])
+        """Add the chunk's gradients; its logits are overwritten."""
+        rows = slice(start, start + self.rows)
+        delta_CV = self._logit_gradient(logits_CV, rows, lse_N[rows], grad_N[rows])
+        if self.grad_bias_V is not None:
+            self.grad_bias_V += delta_CV.sum(0)
+        delta_CV = delta_CV.to(self.x_NH.dtype)
+        if self.grad_x_NH is not None:
+            self.grad_x_NH[rows] = delta_CV @ self.weight_VH
+        if self.grad_weight_VH is not None and delta_CV.dtype == self.wide:
+            self.grad_weight_VH.addmm_(delta_CV.t(), self.x_NH[rows])
+        elif self.grad_weight_VH is not None:
+            self.grad_weight_VH += matmul_wide(delta_CV.t(), self.x_NH[rows])
 
-    def result(self) -> Gradients:
+    def gradients(self) -> Gradients:
+        """Of (x, weight, bias), each in its parameter's dtype."""
+        weight, bias = self.grad_weight_VH, self.grad_bias_V
         return (
-            self.dx,
-            None if self.dw is None else self.dw.to(self.weight_dtype),
-            None if self.db is None else self.db.to(self.bias_dtype),
+            self.grad_x_NH,
+            None if weight is None else weight.to(self.weight_VH.dtype),
+            None if bias is None or self.bias_V is None else bias.to(self.bias_V.dtype),
         )
 
-
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a b, in total's dtype."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
-
-
-def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _chunks(x: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
-    rows = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (4 * len(weight)))
-    for start in range(0, len(x), rows):
-        yield slice(start, min(start + rows, len(x)))
-
-
-def _logits(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: LossOptions
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Wide logits [C, V], and the softcap's derivative where there is one."""
-    logits = (x @ weight.t()).to(_wide(x))
-    if options.logit_scale != 1.0:
-        logits.mul_(options.logit_scale)
-    if bias is not None:
-        logits.add_(bias.to(logits.dtype))
-    if options.softcap is None:
-        return logits, None
-    capped = torch.tanh(logits / options.softcap)
-    return capped * options.softcap, 1.0 - capped**2
+    def _logit_gradient(
+        self, logits_CV: torch.Tensor, rows: slice, lse_C: torch.Tensor, grad_C: torch.Tensor
+    ) -> torch.Tensor:
+        """Gradient of x @ weight.T + bias, wide [C, V], formed in place of the logits."""
+        options, vocab = self.options, self.weight_VH.shape[0]
+        grad_C1 = grad_C.to(self.wide).masked_fill(self.ignored_N[rows], 0.0)[:, None] * options.logit_scale
+        slope_CV = None if options.softcap is None else 1.0 - (logits_CV / options.softcap).square_()
+        delta_CV = logits_CV.sub_(lse_C[:, None]).exp_()
+        if options.z_loss:
+            delta_CV *= 1.0 + 2.0 * options.z_loss * lse_C[:, None]
+        if options.label_smoothing:
+            delta_CV -= options.label_smoothing / vocab
+        # The target's p - 1 is formed before anything is rounded: in bfloat16 it would be lost for a sure
+        # target.
+        correction = torch.full_like(lse_C, options.label_smoothing - 1.0)[:, None]
+        delta_CV.scatter_add_(1, self.target_N[rows, None], correction)
+        if slope_CV is not None:
+            delta_CV *= slope_CV
+        delta_CV *= grad_C1
+        return delta_CV.masked_fill_(self.ignored_N[rows, None], 0.0)
 
 
-def _nll(logits: torch.Tensor, lse: torch.Tensor, target: torch.Tensor, options: LossOptions) -> torch.Tensor:
-    real = target != options.ignore_index
-    picked = logits.gather(1, torch.where(real, target, 0)[:, None])[:, 0]
-    smoothing = options.label_smoothing
-    nll = lse - (1.0 - smoothing) * picked + options.z_loss * lse**2
-    if smoothing:
-        nll = nll - smoothing * logits.mean(dim=-1)
-    return torch.where(real, nll, 0.0)
+def _check_targets(target_N: torch.Tensor, vocab: int) -> None:
+    if target_N.device.type != "cpu" or target_N.numel() == 0:
+        return
+    low, high = (int(bound) for bound in target_N.aminmax())
+    if low < 0 or high >= vocab:
+        raise IndexError(f"targets run from {low} to {high}; they must be in [0, {vocab}) or ignore_index")

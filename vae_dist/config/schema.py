@@ -67,7 +67,7 @@ class DataConfig(Section):
     prepare: PrepareConfig = PrepareConfig()
     streams: Positive = 8
     """Canonical streams S: the number of workers must divide it and it must divide the global batch."""
-    length_groups: Positive = 64
+    length_groups: Positive = 256
     """K: a stream sorts windows of K batches by length, so that a batch is homogeneous in length."""
     shuffle_block_sequences: Positive = 256
     """Neighbouring sequences kept together by the first level of the shuffle (sequential reads)."""

@@ -123,7 +123,7 @@ class ShardWriter:
     def _open_shard(self) -> None:
         path = str(self._directory / f"{self._split}-{len(self.shards):06d}.tar")
         # Fixed owner, mode and time: the bytes of a shard depend on nothing but its sequences.
-        self._tar = webdataset.TarWriter(path, user="user", group="group", mode=0o444, mtime=0.0, encoder=False)
+        self._tar = webdataset.TarWriter(path, user="user", group="group", mode=0o444, mtime=0, encoder=False)
 
     def _close_shard(self) -> None:
         if self._tar is None:

@@ -155,6 +155,8 @@ def _validate(metrics: MetricsWriter | None, plan: RunPlan, step: int, engine: A
         batch_sequences=max(1, plan.config.evaluate.batch_sequences // dist.get_world_size()),
         max_sequences=plan.config.evaluate.max_sequences,
         autocast=engine.module.autocast,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
     )
     if metrics and scores is not None:
         metrics.write("valid", step, summarise(scores))

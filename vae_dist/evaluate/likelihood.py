@@ -5,8 +5,8 @@ Definitions (nats, sums over a sequence's tokens, the end-of-sequence token coun
     rec = -log p(x | z), z ~ q(z | x)           kl = KL(q(z | x) || p(z)), analytic          elbo = -(rec + kl)
     iw  = logsumexp_k [log p(x | z_k) + log p(z_k) - log q(z_k | x)] - log K    (Burda et al. 2016)
 
-Perplexities divide by the number of predicted tokens. The same code runs on one process and, with every rank
-scoring its share, on all workers of a run.
+Perplexities divide by the number of predicted tokens. The same code runs on one process and, each rank scoring
+its share, on all workers of a run.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ def score_split(
     importance_samples: int = 0,
     max_sequences: int | None = None,
     autocast: torch.dtype | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Scores | None:
-    """Score a split, or a random `max_sequences` of it, over all ranks of the process group if there is one.
+    """Score a split, or a random `max_sequences` of it, on this process or over all ranks of the process group.
 
     Args:
         vae: the model; put into eval mode for the duration.
@@ -80,6 +82,7 @@ def score_split(
         batch_sequences: sequences in a batch of one rank.
         importance_samples: K of the importance-weighted bound; 0 leaves it out.
         autocast: compute dtype, or None for the weights' own.
+        rank, world_size: with a world size above 1 this is a collective call.
 
     Returns:
         the scores of all ranks on rank 0, None elsewhere.
@@ -89,12 +92,12 @@ def score_split(
     was_training = vae.training
     vae.eval()
     parts = []
-    for numbers, batch in _batches(split, seed, batch_sequences, max_sequences):
+    for numbers, batch in _batches(split, seed, batch_sequences, max_sequences, rank, world_size):
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             output = vae(batch.to(device), rng, num_samples=max(1, importance_samples), stream=EVALUATION_STREAM)
         parts.append(_scores(numbers, batch, output, importance_samples))
     vae.train(was_training)
-    return _gather(Scores.concatenate(parts))
+    return _gather(Scores.concatenate(parts), rank, world_size)
 
 
 def summarise(scores: Scores) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def swapped_rec_per_seq(vae: TextVAE, split: Split, scores: Scores, *, seed: int
     rng = torch.tensor([seed, 0], dtype=torch.int64, device=device)
     total = 0.0
     with torch.no_grad():
-        for numbers, batch in _batches(split, seed, batch_sequences, None):
+        for numbers, batch in _batches(split, seed, batch_sequences, None, 0, 1):
             rows = [position[int(n)] for n in numbers if int(n) in position]
             if len(rows) != len(numbers) or not rows:
                 continue
@@ -143,14 +146,13 @@ def swapped_rec_per_seq(vae: TextVAE, split: Split, scores: Scores, *, seed: int
 
 
 def _batches(
-    split: Split, seed: int, batch_sequences: int, max_sequences: int | None
+    split: Split, seed: int, batch_sequences: int, max_sequences: int | None, rank: int, world_size: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """This rank's batches: (sequence numbers, padded batch), equally many on every rank.
 
     Sequences are sorted by length within windows, so padding is small; ranks take turns, and a rank without
     a batch in the last round gets one padding sequence, because ZeRO-3 needs every rank in every forward.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = min(split.sequences, max_sequences or split.sequences)
     for start in range(0, total, _WINDOW_SEQUENCES):
         index = np.arange(start, min(start + _WINDOW_SEQUENCES, total), dtype=np.int64)
@@ -158,7 +160,7 @@ def _batches(
         sequences = gather(split, numbers, _BLOCK_SEQUENCES)
         by_length = np.argsort(sequences.lengths, kind="stable")
         cuts = [by_length[i : i + batch_sequences] for i in range(0, len(by_length), batch_sequences)]
-        for turn in range(0, len(cuts), world):
+        for turn in range(0, len(cuts), world_size):
             rows = cuts[turn + rank] if turn + rank < len(cuts) else by_length[:0]
             yield numbers[rows], collate(sequences.take(rows), numbers[rows])
 
@@ -185,12 +187,12 @@ def _scores(numbers: np.ndarray, batch: Batch, output: Any, importance_samples: 
     )
 
 
-def _gather(scores: Scores) -> Scores | None:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def _gather(scores: Scores, rank: int, world_size: int) -> Scores | None:
+    if world_size == 1:
         return scores
-    parts: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
-    dist.gather_object(scores, parts if dist.get_rank() == 0 else None, dst=0)
-    return Scores.concatenate(parts) if dist.get_rank() == 0 else None
+    parts: list[Any] | None = [None] * world_size if rank == 0 else None
+    dist.gather_object(scores, parts, dst=0)
+    return Scores.concatenate(parts) if parts is not None else None
 
 
 def _exp(nats: float) -> float:

@@ -1,11 +1,12 @@
-"""Unigram and interpolated Kneser-Ney bigram models over token ids: the baselines a text VAE has to beat. NumPy only.
+"""Unigram and interpolated Kneser-Ney bigram models over token ids: the baselines a text VAE has to beat.
 
-Sources: Ney, Essen and Kneser 1994 (absolute discounting, D = n1 / (n1 + 2 n2)); Kneser and Ney 1995 (continuation
-counts); Chen and Goodman 1999, section 2.7 (interpolation). On sentence-level PTB the bigram has test perplexity 186.8.
+Sources: Ney, Essen and Kneser 1994 (absolute discounting, D = n1 / (n1 + 2 n2)); Kneser and Ney 1995
+(continuation counts); Chen and Goodman 1999 (interpolation). On sentence-level PTB the bigram has test
+perplexity 186.8.
 
-Shapes: N tokens, V vocabulary, C distinct bigrams of the training text. Sequences are `(tokens, offsets)`: integer
-ids [N] and int64 [n + 1]; sequence i is tokens[offsets[i]:offsets[i + 1]], its last token the end of sequence, which
-is predicted and counted. The context of a first token is `bos_id`, which is never predicted.
+Shapes: N tokens, V vocabulary, C distinct bigrams of the training text. Sequences are `(tokens, offsets)`:
+integer ids [N] and int64 [n + 1]; sequence i is tokens[offsets[i]:offsets[i + 1]], its last token the end of
+sequence, which is predicted and counted. The context of a first token is `bos_id`, which is never predicted.
 
 Memory is O(N) while training and O(C + V) after it; there is no V x V matrix.
 """
@@ -21,7 +22,7 @@ from vae_dist.errors import DataError
 
 Sequences = tuple[np.ndarray, np.ndarray]
 
-# Where a text is too small to have both counts of one and of two; Church and Gale (1991) measured about this on news.
+# For a text without counts of one or without counts of two, where the estimate is 0, 1 or undefined.
 _FALLBACK_DISCOUNT = 0.75
 
 
@@ -35,7 +36,9 @@ class LanguageModel(ABC):
         if bos_id is not None:
             self._predictable_V[bos_id] = False
         if not self._predictable_V.any():
-            raise DataError(f"all {vocab_size} ids of the vocabulary are excluded: there is nothing to predict")
+            raise DataError(
+                f"all {vocab_size} ids of the vocabulary are excluded: there is nothing to predict"
+            )
 
     @abstractmethod
     def probability(self, context_N: np.ndarray, token_N: np.ndarray) -> np.ndarray:
@@ -65,8 +68,8 @@ class LanguageModel(ABC):
         if bad_N.any():
             at = int(bad_N.argmax())
             raise DataError(
-                f"token id {token_N[at]} at position {at} is outside the vocabulary of {size} or is padding or a "
-                "start of sequence, which are never predicted: remove it, or use the tokenizer of this data set"
+                f"token id {token_N[at]} at position {at} is outside the vocabulary of {size}, or padding or "
+                "a start of sequence, which are never predicted: remove it, or use this data set's tokenizer"
             )
         context_N = np.empty_like(token_N)
         context_N[1:] = token_N[:-1]
@@ -94,9 +97,9 @@ class Unigram(LanguageModel):
 class KneserNeyBigram(LanguageModel):
     """Interpolated Kneser-Ney with one discount per order.
 
-    p(w | v) = max(c(v w) - D, 0) / c(v) + D T(v) / c(v) * p1(w), where T(v) is the number of distinct tokens seen
-    after v and p1 the same formula over continuation counts (how many distinct contexts precede w) down to the uniform
-    distribution. After an unseen context p(w | v) = p1(w).
+    p(w | v) = max(c(v w) - D, 0) / c(v) + D T(v) / c(v) * p1(w), where T(v) is the number of distinct tokens
+    seen after v and p1 the same formula over continuation counts (how many distinct contexts precede w),
+    itself interpolated with the uniform distribution. After an unseen context p(w | v) = p1(w).
     """
 
     def __init__(
@@ -130,7 +133,7 @@ def _discount(counts: np.ndarray) -> float:
 
 
 def _discounted(count_V: np.ndarray, predictable_V: np.ndarray) -> np.ndarray:
-    """Absolute discounting of counts, interpolated with the uniform distribution over predictable ids; float64 [V]."""
+    """Absolute discounting, interpolated with the uniform distribution over predictable ids; float64 [V]."""
     uniform_V = predictable_V / predictable_V.sum()
     total = count_V.sum()
     if total == 0:

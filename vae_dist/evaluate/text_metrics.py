@@ -27,10 +27,10 @@ def distinct_n(sentences: Iterable[Sequence[int]], n: int) -> float:
 
 
 def sequence_hashes(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Sorted distinct hashes of sequences tokens[offsets[i]:offsets[i + 1]], uint64: 8 bytes a sequence, any length.
+    """Sorted distinct hashes of the sequences tokens[offsets[i]:offsets[i + 1]], uint64: 8 bytes a sequence.
 
-    A hash covers the ids, not their dtype. A sample collides by chance with one of n sequences with probability
-    n / 2^64.
+    A hash covers the ids, not their dtype. By chance, a sample equals the hash of one of n sequences with
+    probability n / 2^64.
     """
     ids = tokens.astype(_ID)
     bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
@@ -38,7 +38,7 @@ def sequence_hashes(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def verbatim_fraction(samples: Sequence[Sequence[int]], training_hashes: np.ndarray) -> float:
-    """Fraction of samples that equal a whole training sequence, the end of sequence included; 0.0 without samples.
+    """Fraction of samples that equal a whole training sequence, end included; 0.0 without samples.
 
     Args:
         samples: token ids; one cut off before its end of sequence equals no training sequence.

@@ -1,0 +1,57 @@
+"""Segment sums, and which backend is chosen."""
+
+import logging
+
+import pytest
+import torch
+from vae_kernels import reference, resolve_backend, segment_sum
+
+OFFSETS = torch.tensor([0, 3, 3, 4, 11])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_value_and_gradient(dtype):
+    x_N = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    upstream_B = torch.tensor([1.5, 7.0, -2.0, 0.0], dtype=torch.float64)
+    y_B = segment_sum(x_N, OFFSETS.to(dtype))
+    torch.testing.assert_close(y_B, reference.segment_sum(x_N, OFFSETS))
+    (grad_N,) = torch.autograd.grad(y_B, x_N, upstream_B)
+    assert grad_N.tolist() == [1.5] * 3 + [-2.0] + [0.0] * 7
+
+
+def test_gradcheck_and_strided_input():
+    x_N = torch.randn(22, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: segment_sum(x[::2], OFFSETS), (x_N,))
+
+
+def test_a_sequence_sums_the_same_in_any_company():
+    x_N = torch.randn(1000)
+    offsets = torch.tensor([0, 17, 490, 1000])
+    whole_B = segment_sum(x_N, offsets)
+    for index, (a, b) in enumerate([(0, 17), (17, 490), (490, 1000)]):
+        assert segment_sum(x_N[a:b], torch.tensor([0, b - a]))[0] == whole_B[index]
+
+
+def test_no_sequences():
+    assert segment_sum(torch.zeros(0), torch.tensor([0])).shape == (0,)
+
+
+@pytest.mark.parametrize("offsets", [[0, 3], [1, 11], [0, 6, 4, 11], []])
+def test_offsets_that_do_not_fit_are_refused(offsets):
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        segment_sum(torch.zeros(11), torch.tensor(offsets, dtype=torch.int64))
+
+
+def test_backend_choice_and_its_log(caplog, monkeypatch):
+    from vae_kernels import backend
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="vae_kernels"):
+        assert resolve_backend("auto", torch.zeros(1)) == "torch"
+        assert resolve_backend("auto", torch.zeros(1)) == "torch"
+    assert [record.getMessage() for record in caplog.records] == ["backend torch (automatic: tensors on cpu)"]
+    with pytest.raises(ValueError, match="auto, triton, torch"):
+        resolve_backend("cuda", torch.zeros(1))
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1|not installed"):
+        resolve_backend("triton", torch.zeros(1))

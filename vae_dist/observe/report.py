@@ -1,0 +1,177 @@
+"""The report of a run: one self-contained HTML page. It renders a dict and computes only drawing coordinates.
+
+The page needs no network and no script (a script of a few lines only reads curve values under the pointer).
+All texts are escaped, so samples may hold any characters.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from vae_dist.observe import charts
+from vae_dist.observe.progress import format_seconds
+
+REQUIRED = frozenset({"title", "headline", "curves"})
+OPTIONAL = frozenset(
+    {
+        "run_dir",
+        "finished_at",
+        "kl_per_dim",
+        "active_unit_threshold",
+        "variance_of_posterior_mean_per_dim",
+        "latent_use",
+        "samples",
+        "reconstructions",
+        "interpolation",
+        "throughput",
+        "counts",
+        "config_yaml",
+        "versions",
+        "next_commands",
+    }
+)
+
+# What `elbo_per_seq` is called on the page: rec + KL, a loss.
+NEGATIVE_ELBO = "\N{MINUS SIGN}ELBO"
+
+_NATS = "nats per sequence"
+# Key in the records of `curves`, title, unit, options of the chart.
+_MAIN_CURVES: tuple[tuple[str, str, str, dict[str, bool]], ...] = (
+    ("elbo_per_seq", NEGATIVE_ELBO, _NATS, {"focus": True}),
+    ("rec_per_seq", "Reconstruction", _NATS, {"focus": True}),
+    ("kl_per_seq", "KL to the prior", _NATS, {"from_zero": True}),
+    ("active_units", "Active units", "dimensions", {"from_zero": True}),
+    ("mutual_information_nats", "Mutual information of text and latent", "nats", {"from_zero": True}),
+    ("ppl", "Perplexity", "per token", {"focus": True}),
+)
+_SIDE_CURVES: tuple[tuple[str, str, str, dict[str, bool]], ...] = (
+    ("beta", "Weight of the KL", "beta", {"from_zero": True}),
+    ("learning_rate", "Learning rate", "step size of the optimizer", {"from_zero": True}),
+    ("grad_norm", "Gradient norm", "L2 norm", {"from_zero": True}),
+    ("tokens_per_second", "Speed", "tokens per second", {"from_zero": True}),
+)
+
+
+def render_report(report: dict[str, Any]) -> str:
+    """The page as HTML text.
+
+    Args:
+        report: `REQUIRED` keys and any of `OPTIONAL`; a section whose key is missing is left out.
+
+    Raises:
+        ValueError: a required key is missing, or a key is not known.
+    """
+    _check_keys(report)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "whole": format_whole,
+        "decimal": format_decimal,
+        "percent": format_percent,
+        "duration": format_seconds,
+    }
+    source = (
+        importlib.resources.files("vae_dist.observe")
+        .joinpath("report.html.jinja")
+        .read_text(encoding="utf-8")
+    )
+    return environment.from_string(source).render(
+        {name: None for name in OPTIONAL} | report,
+        negative_elbo=NEGATIVE_ELBO,
+        main_curves=_curves(report["curves"], _MAIN_CURVES, width=400),
+        side_curves=_curves(report["curves"], _SIDE_CURVES, width=260),
+        comparison=_comparison(report["headline"]),
+        kl_chart=_kl_chart(report) if report.get("kl_per_dim") else None,
+    )
+
+
+def write_report(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Render and write the page, whole or not at all."""
+    page = render_report(report)
+    temporary = Path(f"{os.fspath(path)}.tmp")
+    # Half of a surrogate pair, which a broken tokenizer can produce, has no UTF-8 form.
+    temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    os.replace(temporary, path)
+
+
+def format_decimal(value: float | None, digits: int = 2) -> str:
+    """A number with grouped thousands; NaN and inf as such, None as n/a."""
+    return "n/a" if value is None else f"{value:,.{digits}f}"
+
+
+def format_whole(value: float | None) -> str:
+    """1234567 -> 1,234,567."""
+    return format_decimal(value, 0)
+
+
+def format_percent(value: float | None) -> str:
+    """0.0525 -> 5.25 %."""
+    return "n/a" if value is None else f"{format_decimal(100.0 * value)} %"
+
+
+def _check_keys(report: dict[str, Any]) -> None:
+    missing, unknown = REQUIRED - report.keys(), report.keys() - REQUIRED - OPTIONAL
+    problems = [f"required key {key!r} is missing" for key in sorted(missing)]
+    problems += [f"key {key!r} is not known" for key in sorted(unknown)]
+    if problems:
+        known = ", ".join(sorted(REQUIRED | OPTIONAL))
+        raise ValueError(f"cannot render the report: {'; '.join(problems)}. Known keys: {known}")
+
+
+def _curves(
+    curves: dict[str, list[dict[str, Any]]],
+    wanted: Sequence[tuple[str, str, str, dict[str, bool]]],
+    width: int,
+) -> list[Markup]:
+    """One chart for each key that a record has."""
+    drawn = []
+    for key, title, unit, options in wanted:
+        series = [
+            charts.Series(name, style, points, dots=style == "valid")
+            for style, name in (("train", "training"), ("valid", "validation"))
+            if (points := [(r["step"], r[key]) for r in curves.get(style, ()) if key in r])
+        ]
+        if series:
+            drawn.append(
+                charts.line_chart(title, unit, series, width=width, height=round(0.55 * width), **options)
+            )
+    return drawn
+
+
+def _comparison(headline: dict[str, Any]) -> Markup | None:
+    """Perplexities of the n-gram models and of this one, or None if there are not two to compare."""
+    baselines, valid = headline.get("baselines", {}), headline.get("valid", {})
+    rows = [
+        (name, values[key], style)
+        for name, values, key, style in (
+            ("Unigram", baselines, "unigram_ppl", "other"),
+            ("Kneser-Ney bigram", baselines, "bigram_ppl", "other"),
+            ("This model, at most", valid, "ppl", "own"),
+        )
+        if key in values
+    ]
+    return charts.comparison_chart("Perplexity on validation", rows) if len(rows) > 1 else None
+
+
+def _kl_chart(report: dict[str, Any]) -> Markup:
+    """KL of each latent dimension; grey where the posterior mean varies less than the threshold."""
+    variance = report.get("variance_of_posterior_mean_per_dim")
+    threshold = report.get("active_unit_threshold")
+    bars = []
+    for i, kl in enumerate(report["kl_per_dim"]):
+        tooltip, style = f"dimension {i}: KL {kl:.4g} nats", "own"
+        if variance and threshold is not None:
+            style = "own" if variance[i] >= threshold else "dead"
+            tooltip += (
+                f", variance of posterior mean {variance[i]:.4g}, {'active' if style == 'own' else 'dead'}"
+            )
+        bars.append(charts.Bar(kl, tooltip, style))
+    return charts.bar_chart("KL of each latent dimension", _NATS, "latent dimension", bars)
