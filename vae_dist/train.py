@@ -30,11 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 finished (or saved after a signal), 1 failed, 2 the input is wrong."""
     started_at = time.time()
     try:
-        path, overrides = _split_arguments(sys.argv[1:] if arguments is None else arguments)
-        config = load_config(path, overrides)
+        config = load_config(*_split_arguments(sys.argv[1:] if arguments is None else arguments))
         return run(config, started_at)
     except VaeDistError as error:
         return fail(error)
+
+
+def plan_only(arguments: Sequence[str]) -> tuple[RunPlan, Dataset]:
+    """The plan of a command line, its data prepared, nothing launched."""
+    config = load_config(*_split_arguments(arguments))
+    data_dir, dataset = _open_data(config)
+    return plan_run(config, dataset, data_dir, time.time()), dataset
 
 
 def run(config: Config, started_at: float) -> int:
@@ -76,10 +82,10 @@ def _say_next(plan: RunPlan) -> None:
 
 
 def _open_data(config: Config) -> tuple[str, Dataset]:
-    if config.data.dir is not None:
-        return str(Path(config.data.dir).resolve()) if "://" not in config.data.dir else config.data.dir, Dataset.open(
-            config.data.dir
-        )
+    given = config.data.dir
+    if given is not None:
+        # Workers run in another working directory: a local path must be absolute.
+        return (given if "://" in given else str(Path(given).resolve())), Dataset.open(given)
     storage = Path(config.run.storage).resolve()
     dataset, path = prepare_cached(config.data.source, config.data.prepare, storage / "data")
     return str(path), dataset

@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from vae_kernels import gaussian_rsample_kl_torch
+from vae_kernels.autograd import first_order_only
 from vae_kernels.backend import resolve_backend
 from vae_kernels.philox import SAMPLES, check_rng
 
@@ -116,7 +116,7 @@ class _GaussianSample(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(
         ctx: Any,
         grad_z: torch.Tensor | None,
@@ -156,9 +156,7 @@ def _check(
     prior_logvar: torch.Tensor | None,
 ) -> None:
     if mu.dim() != 2 or logvar.shape != mu.shape:
-        raise ValueError(
-            f"mu and logvar must be [B, D] alike, got {tuple(mu.shape)} and {tuple(logvar.shape)}"
-        )
+        raise ValueError(f"mu and logvar must be [B, D] alike, got {tuple(mu.shape)} and {tuple(logvar.shape)}")
     if not mu.is_floating_point() or logvar.dtype != mu.dtype:
         raise TypeError(f"mu and logvar must share one floating dtype, got {mu.dtype} and {logvar.dtype}")
     if sample_id.shape != mu.shape[:1]:
@@ -167,6 +165,4 @@ def _check(
         raise ValueError(f"num_samples is {num_samples}; it must be in [1, {SAMPLES})")
     for name, prior in (("prior_mu", prior_mu), ("prior_logvar", prior_logvar)):
         if prior is not None and prior.shape not in (mu.shape, mu.shape[1:]):
-            raise ValueError(
-                f"{name} must be [D] or [B, D] for mu {tuple(mu.shape)}, got {tuple(prior.shape)}"
-            )
+            raise ValueError(f"{name} must be [D] or [B, D] for mu {tuple(mu.shape)}, got {tuple(prior.shape)}")

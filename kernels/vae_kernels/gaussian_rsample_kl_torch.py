@@ -94,8 +94,7 @@ def backward(
         eps_KBD = _noise(t, rng, sample_id_B, num_samples, stream)
         _add_sample(grads, t, eps_KBD, grad_z, grad_log_p)
     return tuple(
-        grad.masked_fill(~t.real_B1, 0.0) if needed else None
-        for grad, needed in zip(grads, needs, strict=True)
+        grad.masked_fill(~t.real_B1, 0.0) if needed else None for grad, needed in zip(grads, needs, strict=True)
     )
 
 
@@ -124,9 +123,7 @@ def _terms(
     return _Terms(real_B1, mu_BD, logvar_BD, sigma_BD, prior_mu, prior_logvar, precision, kl_BD)
 
 
-def _noise(
-    t: _Terms, rng: torch.Tensor, sample_id_B: torch.Tensor, num_samples: int, stream: int
-) -> torch.Tensor:
+def _noise(t: _Terms, rng: torch.Tensor, sample_id_B: torch.Tensor, num_samples: int, stream: int) -> torch.Tensor:
     dim = t.mu_BD.shape[1]
     return philox_normal(rng, sample_id_B, dim, num_samples=num_samples, stream=stream).to(t.mu_BD.dtype)
 

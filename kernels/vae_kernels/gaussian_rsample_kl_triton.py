@@ -98,9 +98,7 @@ def block_shape(dim: int) -> tuple[int, int]:
         ValueError: more dimensions than a program can hold.
     """
     if not 1 <= dim <= _MAX_DIM:
-        raise ValueError(
-            f"the Triton kernels take 1 to {_MAX_DIM} latent dimensions, got {dim}; use backend='torch'"
-        )
+        raise ValueError(f"the Triton kernels take 1 to {_MAX_DIM} latent dimensions, got {dim}; use backend='torch'")
     pairs = triton.next_power_of_2((dim + 1) // 2)
     return max(1, _ELEMENTS_PER_PROGRAM // (2 * pairs)), pairs
 
@@ -141,10 +139,17 @@ def _exp_minus_1_minus(d):
 
 
 @triton.jit
+def _floor(free_bits):
+    """KL below which kl_free is flat: without free bits nothing is, not even a KL that rounding made zero."""
+    threshold = tl.load(free_bits).to(tl.float32)
+    return tl.where(threshold > 0.0, threshold, float("-inf"))
+
+
+@triton.jit
 def _noise(rng, sample_id, k, STREAM: tl.constexpr, P: tl.constexpr):
     """float32 [R, 2P]: the row's normals of sample k."""
     pair = tl.arange(0, P)[None, :]
-    tag = tl.full((1, P), STREAM << 24, tl.uint32) + k.to(tl.uint32)
+    tag = tl.full((1, P), STREAM << 24, tl.uint32) + k
     radius, angle = philox_uniform_pair(rng, sample_id[:, None], pair, tag)
     even, odd = normal_pair(radius, angle)
     return tl.interleave(even, odd)
@@ -174,20 +179,21 @@ def gaussian_forward_kernel(
     precision = tl.exp(-plv)
     sigma = tl.exp(0.5 * lv)
     kl_RD = 0.5 * (_exp_minus_1_minus(lv - plv) + (m - pm) * (m - pm) * precision)
-    threshold = tl.load(free_bits).to(tl.float32)
-    free_RD = tl.where((kl_RD > threshold) | (threshold <= 0.0), kl_RD, threshold)
+    free_RD = tl.maximum(kl_RD, _floor(free_bits))
     tl.store(kl + row, tl.sum(kl_RD, axis=1), mask=inside)
     tl.store(kl_free + row, tl.sum(tl.where(live, free_RD, 0.0), axis=1), mask=inside)
     tl.store(kl_partial + block * D + dim, tl.sum(kl_RD, axis=0), mask=dim < D)
     for k in tl.range(0, K):
+        # Not k.to: the interpreter counts in Python integers.
+        sample = tl.full((), 0, tl.int64) + k
         eps = _noise(rng, id_R, k, STREAM, P)
         z_RD = tl.where(live, m + sigma * eps, 0.0)
-        tl.store(z + k.to(tl.int64) * B * D + offset, z_RD, mask=within)
+        tl.store(z + sample * B * D + offset, z_RD, mask=within)
         q_RD = tl.where(live, -0.5 * (1.8378770664093453 + lv + eps * eps), 0.0)
         away = z_RD - pm
         p_RD = tl.where(live, -0.5 * (1.8378770664093453 + plv + away * away * precision), 0.0)
-        tl.store(log_q + k.to(tl.int64) * B + row, tl.sum(q_RD, axis=1), mask=inside)
-        tl.store(log_p + k.to(tl.int64) * B + row, tl.sum(p_RD, axis=1), mask=inside)
+        tl.store(log_q + sample * B + row, tl.sum(q_RD, axis=1), mask=inside)
+        tl.store(log_p + sample * B + row, tl.sum(p_RD, axis=1), mask=inside)
 
 
 @triton.jit
@@ -221,25 +227,22 @@ def gaussian_backward_kernel(
     if HAS_GRAD_KL:
         up += tl.load(grad_kl + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     if HAS_GRAD_KL_FREE:
-        threshold = tl.load(free_bits).to(tl.float32)
-        kl_RD = 0.5 * (curve + gap * gap * precision)
-        above = (kl_RD > threshold) | (threshold <= 0.0)
-        up += tl.where(
-            above, tl.load(grad_kl_free + row, mask=inside, other=0.0).to(tl.float32)[:, None], 0.0
-        )
+        above = 0.5 * (curve + gap * gap * precision) > _floor(free_bits)
+        up += tl.where(above, tl.load(grad_kl_free + row, mask=inside, other=0.0).to(tl.float32)[:, None], 0.0)
     d_mu = up * gap * precision
     d_logvar = 0.5 * up * (curve + (lv - plv))
     d_prior_mu = -d_mu
     d_prior_logvar = -d_logvar - 0.5 * d_mu * gap
     for k in tl.range(0, K):
-        at = k.to(tl.int64) * B + row
+        sample = tl.full((), 0, tl.int64) + k
+        at = sample * B + row
         if HAS_GRAD_LOG_Q:
             d_logvar -= 0.5 * tl.load(grad_log_q + at, mask=inside, other=0.0).to(tl.float32)[:, None]
         if HAS_GRAD_Z or HAS_GRAD_LOG_P:
             eps = _noise(rng, id_R, k, STREAM, P)
             path = tl.zeros_like(m)
             if HAS_GRAD_Z:
-                path += tl.load(grad_z + k.to(tl.int64) * B * D + offset, mask=live, other=0.0).to(tl.float32)
+                path += tl.load(grad_z + sample * B * D + offset, mask=live, other=0.0).to(tl.float32)
             if HAS_GRAD_LOG_P:
                 g = tl.load(grad_log_p + at, mask=inside, other=0.0).to(tl.float32)[:, None]
                 away = m + sigma * eps - pm

@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from vae_kernels import linear_cross_entropy_torch
+from vae_kernels.autograd import first_order_only
 from vae_kernels.backend import resolve_backend
 from vae_kernels.linear_cross_entropy_options import Gradients, LossOptions
 from vae_kernels.segment_sum import check_offsets, segment_ids, segment_sum
@@ -94,12 +94,8 @@ def linear_cross_entropy(
         if weight_per_sequence is not None:
             assert cu_seqlens is not None
             if reduction not in ("none", "sequence"):
-                raise ValueError(
-                    f"weight_per_sequence fixes the reduction; reduction={reduction!r} does not fit"
-                )
-            return _weighted(
-                x, weight, target, bias, cu_seqlens, weight_per_sequence, options, implementation
-            )
+                raise ValueError(f"weight_per_sequence fixes the reduction; reduction={reduction!r} does not fit")
+            return _weighted(x, weight, target, bias, cu_seqlens, weight_per_sequence, options, implementation)
         nll_N = _per_row(x, weight, target, bias, options, implementation)
         if reduction == "sequence":
             assert cu_seqlens is not None
@@ -165,7 +161,7 @@ class _RowLoss(torch.autograd.Function):
         return nll_N
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias, target, lse_N = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
@@ -202,7 +198,7 @@ class _WeightedLoss(torch.autograd.Function):
         return (weight_B * nll_B).sum(), nll_B
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled: Gradients = tuple(
             None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors
@@ -239,9 +235,7 @@ def _check(
     max_saved_bytes: int,
 ) -> None:
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"x must be [N, H] and weight [V, H], got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
+        raise ValueError(f"x must be [N, H] and weight [V, H], got {tuple(x.shape)} and {tuple(weight.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if target.shape != x.shape[:1] or target.dtype != torch.int64:

@@ -9,8 +9,9 @@ import torch
 
 from vae_kernels.linear_cross_entropy_options import Gradients, LossOptions, matmul_wide, row_loss
 
-# Float32 logits of one chunk. Large enough for an efficient matrix product at V = 50k (167 rows).
-CHUNK_BYTES = 2**25
+# Float32 logits of one chunk. Each chunk adds a whole [V, H] to the weight gradient, so few large chunks
+# cost less than many that fit the cache.
+CHUNK_BYTES = 2**26
 
 
 def nll(
@@ -116,9 +117,7 @@ class _Sweep:
         self.nll_N[rows] = row_loss(lse_C, target_logit_C, mean_C, self.ignored_N[rows], self.options)
         return logits_CV
 
-    def differentiate(
-        self, start: int, logits_CV: torch.Tensor, lse_N: torch.Tensor, grad_N: torch.Tensor
-    ) -> None:
+    def differentiate(self, start: int, logits_CV: torch.Tensor, lse_N: torch.Tensor, grad_N: torch.Tensor) -> None:
         """Add the chunk's gradients; its logits are overwritten."""
         rows = slice(start, start + self.rows)
         delta_CV = self._logit_gradient(logits_CV, rows, lse_N[rows], grad_N[rows])

@@ -21,9 +21,9 @@ from vae_kernels.linear_cross_entropy_options import Gradients, LossOptions, mat
 
 # Tile sizes by operand width. Not tuned: no measurement stands behind them yet.
 HALF_CONFIG = {"M": 128, "W": 128, "D": 64, "num_warps": 8, "num_stages": 3}
-SINGLE_CONFIG = {"M": 64, "W": 64, "D": 32, "num_warps": 4, "num_stages": 2}
+SINGLE_CONFIG = {"M": 64, "W": 64, "D": 32, "num_warps": 8, "num_stages": 2}
 # Enough programs to fill a large GPU when there are few rows.
-_PROGRAMS_WANTED = 256
+PROGRAMS_WANTED = 256
 # Gradient of one vocabulary slice's logits.
 SLICE_BYTES = 2**26
 
@@ -39,7 +39,7 @@ def nll(
     (N, H), V = x_NH.shape, weight_VH.shape[0]
     config = tile_config(x_NH.dtype)
     tiles, row_blocks = triton.cdiv(V, config["W"]), triton.cdiv(N, config["M"])
-    per_split = triton.cdiv(tiles, max(1, min(tiles, _PROGRAMS_WANTED // max(1, row_blocks))))
+    per_split = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS_WANTED // max(1, row_blocks))))
     splits = triton.cdiv(tiles, per_split)
     ignored_N = target_N == options.ignore_index
     sums_4PN = x_NH.new_empty(4, splits, N, dtype=torch.float32)
@@ -163,9 +163,7 @@ def _logits_tile(
     for depth in tl.range(0, H, D):
         h = depth + tl.arange(0, D)
         a = tl.load(x + row[:, None] * H + h[None, :], mask=(row < N)[:, None] & (h < H)[None, :], other=0.0)
-        b = tl.load(
-            weight + col[:, None] * H + h[None, :], mask=(col < V)[:, None] & (h < H)[None, :], other=0.0
-        )
+        b = tl.load(weight + col[:, None] * H + h[None, :], mask=(col < V)[:, None] & (h < H)[None, :], other=0.0)
         if WIDEN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
@@ -245,6 +243,4 @@ def lce_delta_kernel(
     if CAP > 0.0:
         d *= 1.0 - (z / CAP) * (z / CAP)
     d = tl.where((target_M >= 0)[:, None], d * (grad_M * SCALE)[:, None], 0.0)
-    tl.store(
-        delta + row[:, None] * width + local[None, :], d, mask=(row < N)[:, None] & (local < width)[None, :]
-    )
+    tl.store(delta + row[:, None] * width + local[None, :], d, mask=(row < N)[:, None] & (local < width)[None, :])

@@ -61,9 +61,7 @@ def unit_interval_without_zero(word: torch.Tensor) -> torch.Tensor:
     return (word | 1).float() * 2.0**-32
 
 
-def philox_uniform(
-    rng: torch.Tensor, sample_id: torch.Tensor, position: torch.Tensor, *, stream: int
-) -> torch.Tensor:
+def philox_uniform(rng: torch.Tensor, sample_id: torch.Tensor, position: torch.Tensor, *, stream: int) -> torch.Tensor:
     """Uniform numbers in [0, 1), float32, of the broadcast shape of `sample_id` and `position`.
 
     Args:
@@ -123,6 +121,4 @@ def check_rng(rng: torch.Tensor, sample_id: torch.Tensor, stream: int) -> None:
 
 
 def _keyed_words(rng: torch.Tensor, c0: torch.Tensor, sample_id: torch.Tensor, c3: torch.Tensor) -> Words:
-    return philox_words(
-        (c0, sample_id & _WORD, (sample_id >> 32) & _WORD, c3), (rng[0] & _WORD, rng[1] & _WORD)
-    )
+    return philox_words((c0, sample_id & _WORD, (sample_id >> 32) & _WORD, c3), (rng[0] & _WORD, rng[1] & _WORD))

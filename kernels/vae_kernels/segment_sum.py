@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 
 def segment_sum(x_N: torch.Tensor, cu_seqlens_B1: torch.Tensor) -> torch.Tensor:
@@ -55,7 +54,6 @@ class _SegmentSum(torch.autograd.Function):
         return torch.segment_reduce(x_N.contiguous(), "sum", offsets=cu_seqlens_B1, axis=0, initial=0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_B: torch.Tensor) -> tuple[torch.Tensor, None]:
         (cu_seqlens_B1,) = ctx.saved_tensors
         return grad_B.index_select(0, segment_ids(cu_seqlens_B1, ctx.rows)), None

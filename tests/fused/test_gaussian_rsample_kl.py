@@ -1,8 +1,9 @@
-"""gaussian_rsample_kl, torch backend: closed forms, torch.distributions, and autograd of the float64 reference."""
+"""gaussian_rsample_kl, torch backend: closed forms, torch.distributions, autograd of the reference."""
 
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
+
 from vae_kernels import gaussian_rsample_kl, philox_normal, reference
 
 RNG = torch.tensor([99, 3])
@@ -15,9 +16,7 @@ def make_inputs(prior="none", dtype=torch.float64, rows=B, dim=D, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return (
-            (0.7 * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
-        )
+        return (0.7 * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
 
     shape = {"none": None, "shared": (dim,), "rows": (rows, dim)}[prior]
     priors = (None, None) if shape is None else (draw(*shape), draw(*shape))
@@ -74,12 +73,8 @@ def test_values_and_gradients(prior, num_samples, free_bits, names):
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-12, atol=1e-12)
     parameters = [p for p in inputs[:4] if p is not None]
-    actual = torch.autograd.grad(
-        scalarise(ours, names), parameters, allow_unused=True, materialize_grads=True
-    )
-    wanted = torch.autograd.grad(
-        scalarise(expected, names), parameters, allow_unused=True, materialize_grads=True
-    )
+    actual = torch.autograd.grad(scalarise(ours, names), parameters, allow_unused=True, materialize_grads=True)
+    wanted = torch.autograd.grad(scalarise(expected, names), parameters, allow_unused=True, materialize_grads=True)
     for a, w in zip(actual, wanted, strict=True):
         torch.testing.assert_close(a, w, rtol=1e-11, atol=1e-11)
 
@@ -102,9 +97,7 @@ def test_float32_against_float64():
 def test_bfloat16_inputs_are_widened_before_any_arithmetic():
     inputs = make_inputs(dtype=torch.bfloat16)
     ours = run(inputs)
-    wide = run(
-        tuple(None if p is None else p.detach().float() if p.is_floating_point() else p for p in inputs)
-    )
+    wide = run(tuple(None if p is None else p.detach().float() if p.is_floating_point() else p for p in inputs))
     assert ours.z.dtype == torch.bfloat16 and torch.equal(ours.z, wide.z.bfloat16())
     assert torch.equal(ours.kl, wide.kl) and torch.equal(ours.log_p, wide.log_p)
     ours.kl.sum().backward()
@@ -197,9 +190,8 @@ def test_second_derivatives_and_kl_per_dim_gradients_are_refused():
     inputs = make_inputs()
     sample = run(inputs)
     assert not sample.kl_per_dim.requires_grad
-    (grad,) = torch.autograd.grad(sample.kl.sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(sample.kl.sum(), inputs[0], create_graph=True)
 
 
 def test_empty_batch():

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+
 from vae_kernels import linear_cross_entropy, linear_cross_entropy_torch, reference
 
 OPTIONS = [
@@ -30,9 +31,7 @@ def make(n=23, h=7, v=29, dtype=torch.float64, bias=True, ignored=(3, 11), scale
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return (
-            (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
-        )
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
 
     x, weight = draw(n, h), draw(v, h)
     target = torch.randint(0, v, (n,), generator=generator)
@@ -159,11 +158,7 @@ def test_weight_per_sequence_without_gradients_forms_none(monkeypatch):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_only_the_gradients_asked_for(weighted):
     x, weight, target, b = make()
-    extra = (
-        {"cu_seqlens": OFFSETS, "weight_per_sequence": torch.tensor([1.0, 2.0, 3.0, -1.0])}
-        if weighted
-        else {}
-    )
+    extra = {"cu_seqlens": OFFSETS, "weight_per_sequence": torch.tensor([1.0, 2.0, 3.0, -1.0])} if weighted else {}
 
     def loss(*tensors):
         out = linear_cross_entropy(tensors[0], tensors[1], target, bias=tensors[2], **extra)
@@ -192,9 +187,7 @@ def test_all_rows_ignored(weighted):
 @pytest.mark.parametrize("reduction", ["none", "sequence", "sum", "mean"])
 def test_no_rows(reduction):
     x, weight, target, b = make(n=0, ignored=())
-    out = linear_cross_entropy(
-        x, weight, target, bias=b, cu_seqlens=torch.tensor([0, 0, 0]), reduction=reduction
-    )
+    out = linear_cross_entropy(x, weight, target, bias=b, cu_seqlens=torch.tensor([0, 0, 0]), reduction=reduction)
     assert (out == 0).all() and out.shape == {"none": (0,), "sequence": (2,)}.get(reduction, ())
     out.sum().backward()
     assert (weight.grad == 0).all() and x.grad.shape == (0, 7)
@@ -219,7 +212,7 @@ def test_sure_and_hopeless_targets(gap):
     nll = linear_cross_entropy(x, weight, torch.tensor([4]))
     nll.sum().backward()
     rivals = 30.0 * torch.exp(torch.tensor(-gap, dtype=torch.float64))
-    assert float(nll) == pytest.approx(float(torch.log1p(rivals)), abs=4e-6, rel=1e-6)
+    assert nll.item() == pytest.approx(float(torch.log1p(rivals)), abs=4e-6, rel=1e-6)
     # p - 1 at the target, to the accuracy of float32 logits; rounded to bfloat16 it would be off by 4e-3.
     assert float(x.grad) == pytest.approx(float(-rivals / (1 + rivals)), abs=4e-6)
 
@@ -244,11 +237,7 @@ def test_large_logits_do_not_overflow():
 @pytest.mark.parametrize("weighted", [False, True])
 def test_retain_graph_and_bitwise_repeats(weighted):
     x, weight, target, b = make(dtype=torch.float32)
-    extra = (
-        {"cu_seqlens": OFFSETS, "weight_per_sequence": torch.tensor([1.0, 2.0, 3.0, -1.0])}
-        if weighted
-        else {}
-    )
+    extra = {"cu_seqlens": OFFSETS, "weight_per_sequence": torch.tensor([1.0, 2.0, 3.0, -1.0])} if weighted else {}
 
     def loss():
         out = linear_cross_entropy(x, weight, target, bias=b, **extra)
@@ -295,9 +284,8 @@ def test_gradcheck(options):
 
 def test_second_derivatives_are_refused():
     x, weight, target, _ = make(bias=False)
-    (g,) = torch.autograd.grad(linear_cross_entropy(x, weight, target).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(linear_cross_entropy(x, weight, target).sum(), x, create_graph=True)
 
 
 def test_autocast_and_a_wider_weight():

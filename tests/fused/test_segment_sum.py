@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+
 from vae_kernels import reference, resolve_backend, segment_sum
 
 OFFSETS = torch.tensor([0, 3, 3, 4, 11])
@@ -22,6 +23,9 @@ def test_value_and_gradient(dtype):
 def test_gradcheck_and_strided_input():
     x_N = torch.randn(22, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: segment_sum(x[::2], OFFSETS), (x_N,))
+    assert torch.autograd.gradgradcheck(
+        lambda x: segment_sum(x, OFFSETS).square(), (x_N[:11].detach().requires_grad_(),)
+    )
 
 
 def test_a_sequence_sums_the_same_in_any_company():
@@ -53,5 +57,5 @@ def test_backend_choice_and_its_log(caplog, monkeypatch):
     assert [record.getMessage() for record in caplog.records] == ["backend torch (automatic: tensors on cpu)"]
     with pytest.raises(ValueError, match="auto, triton, torch"):
         resolve_backend("cuda", torch.zeros(1))
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1|not installed"):
+    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1|not installed"):
         resolve_backend("triton", torch.zeros(1))

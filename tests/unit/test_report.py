@@ -117,7 +117,7 @@ temperature 0.9, top k 17. | 40 <script>alert(1)</script> | 41 a <unk> \u05e9\u0
 42 {{ title }} & "two" 'one' | first <b>input</b> | first output | A from here | 0.25 between | B to there
 GPU <X> | bf16 | 42,068 | 929,589 | 3,371 | 73,760 | 7,812,345 | unknown_token: <unk> | torch 2.13.0+cpu
 vae-dist sample model --num 10 > 'out & more.txt'
-\N{MINUS SIGN}ELBO | Reconstruction | KL to the prior | Active units | Gradient norm | Weight of the KL
+ELBO | Reconstruction | KL to the prior | Active units | Gradient norm | Weight of the KL
 """
 
 

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,7 @@ from vae_dist.config.schema import Config
 from vae_dist.errors import ConfigError
 
 KeyPath = tuple[str, ...]
+SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -41,6 +42,19 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if problems:
         raise ConfigError(_list_problems(problems))
     return config
+
+
+def validate_section(section: type[SectionT], values: dict[str, Any]) -> SectionT:
+    """One section from values that did not come from a file, such as command-line flags.
+
+    Raises:
+        ConfigError: all wrong values, in one message.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        problems = [f"{e['loc'][-1]} = {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}." for e in error.errors()]
+        raise ConfigError(_list_problems(problems)) from None
 
 
 def dump_yaml(config: BaseModel) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,3 +87,31 @@ def slerp(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.lerp(a, b, t)
     direction = (torch.sin((1 - t) * angle) * a / length_a + torch.sin(t * angle) * b / length_b) / angle.sin()
     return direction * torch.lerp(length_a, length_b, t)
+
+
+@torch.inference_mode()
+def score_texts(model: TextModel, texts: Sequence[str], rows: Sequence[Generated]) -> list[dict[str, Any]]:
+    """How well each text is understood: from its posterior mean, and against its reconstruction `rows`.
+
+    Returns:
+        per text: truncated; token_accuracy, share of positions where the reconstruction has the text's token;
+        nll_per_token, -log p(x | z = posterior mean) in nats; kl_per_seq in nats.
+    """
+    batch, truncated = model.batch(texts)
+    mean_BD, _ = model.vae.encode(batch.tokens_BT, batch.lengths_B)
+    rng = torch.zeros(2, dtype=torch.int64, device=mean_BD.device)
+    output = model.vae(batch, rng, z_BD=mean_BD)
+    scores = []
+    for number, row in enumerate(rows):
+        length = int(batch.lengths_B[number])
+        given = batch.tokens_BT[number, :length].tolist()
+        same = sum(a == b for a, b in zip(given, row.tokens, strict=False))
+        scores.append(
+            {
+                "truncated": truncated[number],
+                "token_accuracy": same / max(length, len(row.tokens)),
+                "nll_per_token": float(output.rec_KB[0, number]) / length,
+                "kl_per_seq": float(output.latent.kl[number]),
+            }
+        )
+    return scores

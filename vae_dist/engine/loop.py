@@ -16,6 +16,7 @@ from vae_dist.config.schema import Config
 from vae_dist.data.dataset import Dataset
 from vae_dist.data.stream import Stream
 from vae_dist.engine.checkpoint import load_newest, save_checkpoint
+from vae_dist.engine.checkpoint_files import Progress
 from vae_dist.engine.plan import RunPlan, order_spec
 from vae_dist.engine.precision import autocast_dtype
 from vae_dist.engine.step import TrainStep
@@ -130,7 +131,7 @@ def _save(metrics: MetricsWriter | None, plan: RunPlan, step: int, window: Metri
     tokens_seen, loss = window.totals()
     _require_finite(loss, plan, step)
     path = save_checkpoint(
-        engine, plan.run_dir / "checkpoints", step, tokens_seen, plan.config.run.keep_checkpoints
+        engine, plan.run_dir / "checkpoints", Progress(step, tokens_seen), plan.config.run.keep_checkpoints
     )
     if metrics:
         name = str(path.relative_to(plan.run_dir))

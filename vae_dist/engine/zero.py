@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
@@ -21,17 +21,9 @@ from deepspeed.utils import (
 from torch import nn
 
 from vae_dist.config.schema import OptimizerConfig
+from vae_dist.engine.checkpoint_files import NamedState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class NamedState(NamedTuple):
-    """One parameter, whole: float32 weights and Adam moments on the host."""
-
-    name: str
-    weight: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
 
 
 def build_engine(

@@ -38,13 +38,10 @@ OPTIONAL = frozenset(
     }
 )
 
-# What `elbo_per_seq` is called on the page: rec + KL, a loss.
-NEGATIVE_ELBO = "\N{MINUS SIGN}ELBO"
-
 _NATS = "nats per sequence"
 # Key in the records of `curves`, title, unit, options of the chart.
 _MAIN_CURVES: tuple[tuple[str, str, str, dict[str, bool]], ...] = (
-    ("elbo_per_seq", NEGATIVE_ELBO, _NATS, {"focus": True}),
+    ("elbo_per_seq", "ELBO", _NATS, {"focus": True}),
     ("rec_per_seq", "Reconstruction", _NATS, {"focus": True}),
     ("kl_per_seq", "KL to the prior", _NATS, {"from_zero": True}),
     ("active_units", "Active units", "dimensions", {"from_zero": True}),
@@ -85,7 +82,6 @@ def render_report(report: dict[str, Any]) -> str:
     )
     return environment.from_string(source).render(
         {name: None for name in OPTIONAL} | report,
-        negative_elbo=NEGATIVE_ELBO,
         main_curves=_curves(report["curves"], _MAIN_CURVES, width=400),
         side_curves=_curves(report["curves"], _SIDE_CURVES, width=260),
         comparison=_comparison(report["headline"]),

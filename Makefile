@@ -1,0 +1,52 @@
+# The two commands: `make train` and `make test`. Both make .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Real corpora for the tests that want them; tests that lack theirs skip and say so.
+VAE_DIST_DATA ?= ../shared/data
+export VAE_DIST_DATA
+
+.PHONY: install train test test-all lint format lock golden clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 is needed. Install it, or name it: make PYTHON=python3.12 install" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "error: Python's venv module is missing. Run: apt-get install python3-venv" >&2; exit 2; }
+	@$(PYTHON) -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || { echo "error: Python's headers are missing. Run: apt-get install python3-dev" >&2; exit 2; }
+	@for tool in git g++; do command -v $$tool >/dev/null || { echo "error: $$tool is missing. Run: apt-get install $$tool" >&2; exit 2; }; done
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[test,lint]'
+	@touch $@
+
+train: install
+	$(BIN)/python -m vae_dist.train $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'not long' $(ARGS)
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Rewrite requirements.lock from a fresh resolution of pyproject.toml.
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet '.[test,lint]'
+	$(VENV)-lock/bin/pip freeze --exclude vae_dist --exclude vae-dist | sed -E 's/\+cpu$$//; s/ @ .*//' > requirements.lock
+	rm -rf $(VENV)-lock
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,293 @@
+"""`vae-dist`: one thin function a command. Results on standard output (one JSON object last), the rest on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from vae_dist.config.schema import PrepareConfig
+from vae_dist.errors import ConfigError, VaeDistError
+from vae_dist.observe.console import fail, say
+
+Command = Callable[[argparse.Namespace], dict[str, Any] | None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 (it failed) or 2 (the input is wrong)."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["train"]:
+        from vae_dist.train import main as train
+
+        return train(given[1:])
+    parsed = _parser().parse_args(given)
+    try:
+        result = parsed.command(parsed)
+    except VaeDistError as error:
+        return fail(error)
+    if result is not None:
+        print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def data_prepare(args: argparse.Namespace) -> dict[str, Any]:
+    from vae_dist.data.info import describe
+    from vae_dist.data.prepare import prepare
+
+    return describe(prepare(args.source, Path(args.out), _prepare_options(args)))
+
+
+def data_info(args: argparse.Namespace) -> dict[str, Any]:
+    from vae_dist.data.dataset import Dataset
+    from vae_dist.data.info import describe, length_histogram
+
+    dataset = Dataset.open(args.dir)
+    for split in dataset.splits:
+        say(length_histogram(dataset, split))
+    return describe(dataset)
+
+
+def data_preview(args: argparse.Namespace) -> dict[str, Any]:
+    from vae_dist.data.dataset import Dataset
+    from vae_dist.data.info import preview
+
+    texts = preview(Dataset.open(args.dir), args.split, args.first, args.num)
+    for number, text in enumerate(texts, args.first):
+        print(f"{number:>8}  {text}")
+    return {"split": args.split, "first": args.first, "texts": texts}
+
+
+def tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
+    from vae_dist.data.prepare import split_of
+    from vae_dist.data.sources import open_source
+    from vae_dist.data.tokenizer import build_tokenizer
+
+    options, out = _prepare_options(args), Path(args.out)
+    source = open_source(args.source, options, out.parent)
+    texts = (text for split, text in source.texts() if (split or split_of(text, options)) == "train")
+    tokenizer = build_tokenizer(texts, options)
+    tokenizer.save(out)
+    return {"path": str(out), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    from vae_dist.data.dataset import Dataset
+    from vae_dist.errors import DataError
+    from vae_dist.evaluate.likelihood import score_split, summarise
+    from vae_dist.export.model_dir import load_model
+
+    loaded, dataset = load_model(args.model), Dataset.open(args.data)
+    if dataset.tokenizer.sha256 != loaded.tokenizer.sha256:
+        raise DataError(
+            f"{args.data} was prepared with another tokenizer than {args.model} was trained with. Prepare it with "
+            f"`--tokenizer {loaded.path / 'tokenizer.json'}`."
+        )
+    scores = score_split(
+        loaded.vae,
+        dataset.split(args.split),
+        seed=args.seed,
+        batch_sequences=args.batch_sequences,
+        importance_samples=args.importance_samples,
+        max_sequences=args.max_sequences,
+    )
+    assert scores is not None
+    head = {"model": str(loaded.path), "data": dataset.path, "split": args.split}
+    return {**head, "importance_samples": args.importance_samples, **summarise(scores)}
+
+
+def sample(args: argparse.Namespace) -> dict[str, Any]:
+    model = _text_model(args.model)
+    texts, rows, _ = model.sample(args.num, args.seed, _decoding(args, model), args.prior_scale)
+    for text in texts:
+        print(text)
+    return {"seed": args.seed, "texts": texts, "log_probs": [row.log_prob for row in rows]}
+
+
+def reconstruct(args: argparse.Namespace) -> dict[str, Any]:
+    from vae_dist.decode.latent_ops import score_texts
+
+    texts = args.texts or [line.strip() for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ConfigError("There is no text to reconstruct. Give texts as arguments, or one a line on standard input.")
+    model = _text_model(args.model)
+    outputs, rows = model.reconstruct(texts, args.seed, _decoding(args, model))
+    scores = score_texts(model, texts, rows)
+    for given, output in zip(texts, outputs, strict=True):
+        print(f"{given}\n  -> {output}")
+    found = [{"input": a, "text": b, **s} for a, b, s in zip(texts, outputs, scores, strict=True)]
+    return {"seed": args.seed, "reconstructions": found}
+
+
+def interpolate(args: argparse.Namespace) -> dict[str, Any]:
+    model = _text_model(args.model)
+    t, texts, _ = model.interpolate(args.a, args.b, args.steps, args.path, args.seed, _decoding(args, model))
+    for at, text in zip(t, texts, strict=True):
+        print(f"{at:.2f}  {text}")
+    points = [{"t": at, "text": text} for at, text in zip(t, texts, strict=True)]
+    return {"a": args.a, "b": args.b, "path": args.path, "points": points}
+
+
+def export(args: argparse.Namespace) -> dict[str, Any]:
+    from vae_dist.export.from_run import export_run
+
+    return export_run(Path(args.run), Path(args.out))
+
+
+def serve(args: argparse.Namespace) -> None:
+    from vae_dist.serve.run import serve_model
+
+    serve_model(Path(args.model), args.host, args.port)
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    from vae_dist.observe.plan_view import describe_plan
+    from vae_dist.train import plan_only
+
+    return describe_plan(*plan_only(args.config))
+
+
+def doctor(args: argparse.Namespace) -> dict[str, Any]:
+    from vae_dist.doctor import examine, render
+
+    facts = examine()
+    say(render(facts))
+    return facts
+
+
+def _text_model(path: str) -> Any:
+    from vae_dist.decode.latent_ops import TextModel
+    from vae_dist.export.model_dir import load_model
+
+    loaded = load_model(path)
+    return TextModel(loaded.vae, loaded.tokenizer, loaded.max_tokens)
+
+
+def _decoding(args: argparse.Namespace, model: Any) -> Any:
+    from vae_dist.decode.generate import Decoding
+
+    longest = min(args.max_tokens or model.max_tokens, model.max_tokens)
+    return Decoding(args.temperature, args.top_k, args.top_p, longest)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vae-dist", description="Pretrain text VAEs and sample from them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("train", help="train; the same as python -m vae_dist.train")
+    _add_data(commands)
+    _add_model_commands(commands)
+    one = _command(commands, "plan", plan, "what a configuration would do")
+    one.add_argument("config", nargs="*", help="CONFIG and key=value overrides, as for train")
+    _command(commands, "doctor", doctor, "what is installed, and what is wrong")
+    return parser
+
+
+def _command(group: Any, name: str, command: Command, text: str) -> argparse.ArgumentParser:
+    one: argparse.ArgumentParser = group.add_parser(name, help=text, description=text)
+    one.set_defaults(command=command)
+    return one
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="prepare and look at data sets").add_subparsers(required=True)
+    one = _command(data, "prepare", data_prepare, "text to a data set directory")
+    one.add_argument("source", help="docstrings, a file, a directory or a URL")
+    one.add_argument("out")
+    _add_prepare_options(one)
+    one = _command(data, "info", data_info, "counts and lengths of a data set directory")
+    one.add_argument("dir")
+    one = _command(data, "preview", data_preview, "decoded text of some sequences")
+    one.add_argument("dir")
+    one.add_argument("--split", default="train")
+    one.add_argument("--first", type=int, default=0)
+    one.add_argument("--num", type=int, default=10)
+    tokenizer = commands.add_parser("tokenizer", help="train tokenizers").add_subparsers(required=True)
+    one = _command(tokenizer, "train", tokenizer_train, "text to a tokenizer.json")
+    one.add_argument("source")
+    one.add_argument("out")
+    _add_prepare_options(one)
+
+
+def _add_model_commands(commands: Any) -> None:
+    one = _command(commands, "eval", evaluate, "likelihood and latent diagnostics on a split")
+    one.add_argument("model")
+    one.add_argument("data")
+    one.add_argument("--split", default="test")
+    one.add_argument("--importance-samples", type=_at_least(0), default=0, metavar="K")
+    one.add_argument("--batch-sequences", type=_at_least(1), default=64)
+    one.add_argument("--max-sequences", type=_at_least(1))
+    one.add_argument("--seed", type=_at_least(0), default=0)
+    one = _command(commands, "sample", sample, "texts from the prior")
+    one.add_argument("model")
+    one.add_argument("--num", type=_at_least(1), default=5)
+    one.add_argument("--prior-scale", type=float, default=1.0)
+    _add_decoding(one, temperature=1.0)
+    one = _command(commands, "reconstruct", reconstruct, "texts through the latent and back")
+    one.add_argument("model")
+    one.add_argument("texts", nargs="*", help="default: standard input, one a line")
+    _add_decoding(one, temperature=0.0)
+    one = _command(commands, "interpolate", interpolate, "texts between two texts")
+    one.add_argument("model")
+    one.add_argument("a")
+    one.add_argument("b")
+    one.add_argument("--steps", type=_at_least(2), default=7)
+    one.add_argument("--path", choices=("linear", "slerp"), default="linear")
+    _add_decoding(one, temperature=0.0)
+    one = _command(commands, "export", export, "a run's model, or its newest checkpoint's, as a model directory")
+    one.add_argument("run")
+    one.add_argument("out")
+    one = _command(commands, "serve", serve, "an HTTP endpoint through Ray Serve")
+    one.add_argument("model")
+    one.add_argument("--host", default="127.0.0.1")
+    one.add_argument("--port", type=int, default=8000)
+
+
+def _add_decoding(parser: argparse.ArgumentParser, temperature: float) -> None:
+    parser.add_argument("--seed", type=_at_least(0), default=0)
+    parser.add_argument("--temperature", type=_at_least(0.0), default=temperature, help="0 is greedy")
+    parser.add_argument("--top-k", type=_at_least(0), default=0)
+    parser.add_argument("--top-p", type=_at_least(0.0), default=1.0)
+    parser.add_argument("--max-tokens", type=_at_least(1))
+
+
+def _at_least(minimum: float) -> Callable[[str], Any]:
+    """A parser for numbers of the minimum's type that are not below it."""
+    kind = type(minimum)
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value >= minimum:
+            raise argparse.ArgumentTypeError(f"{text} is below {minimum}")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
+
+
+def _add_prepare_options(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of PrepareConfig, so that file and flags cannot differ."""
+    for name, field in PrepareConfig.model_fields.items():
+        options: dict[str, Any] = {"help": f"{field.description} Default: {field.default}.", "dest": name}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(field.annotation) is Literal:
+            options["choices"] = get_args(field.annotation)
+        else:
+            options |= {"type": type(field.default), "metavar": type(field.default).__name__.upper()}
+        options["help"] = options["help"].replace("%", "%%")
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **options)
+
+
+def _prepare_options(args: argparse.Namespace) -> PrepareConfig:
+    from vae_dist.config.load import validate_section
+
+    given = {name: getattr(args, name) for name in PrepareConfig.model_fields if hasattr(args, name)}
+    return validate_section(PrepareConfig, given)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,122 @@
+"""Checkpoint directories on disk: which are whole, and what is in them. Needs no DeepSpeed.
+
+    step-00000100/
+      state-00000-of-00002.safetensors   weight, exp_avg, exp_avg_sq of the parameters rank 0 wrote
+      state.json                         steps made and tokens read
+      manifest.json                      size and xxh3 of every file; written last: the commit point
+
+A directory without a valid manifest is a half-written checkpoint and is never chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vae_dist.data.shards import hash_file
+from vae_dist.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class NamedState(NamedTuple):
+    """One parameter, whole: float32 weights and Adam moments on the host."""
+
+    name: str
+    weight: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
+class Progress(NamedTuple):
+    """How far a run has come: optimizer steps made, target tokens read over all ranks."""
+
+    step: int
+    tokens_seen: int
+
+
+def newest_whole(directory: Path) -> Path | None:
+    """The newest checkpoint whose files match its manifest, or None."""
+    if not directory.is_dir():
+        return None
+    for path in sorted(directory.glob("step-*"), reverse=True):
+        problem = damage(path)
+        if problem is None:
+            return path
+        logger.warning("Checkpoint %s is passed over: %s.", path, problem)
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory, or None when every file matches its manifest."""
+    manifest = path / "manifest.json"
+    if not manifest.is_file():
+        return "it has no manifest.json, so it was never finished"
+    try:
+        entries = _read_json(manifest)["files"]
+    except (ValueError, KeyError, TypeError):
+        return "its manifest.json is not readable"
+    for entry in entries:
+        file = path / entry["name"]
+        if not file.is_file():
+            return f"{entry['name']} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{entry['name']} has {file.stat().st_size} bytes, not {entry['bytes']}"
+        if hash_file(file) != entry["xxh3_128"]:
+            return f"{entry['name']} does not match its hash"
+    return None
+
+
+def commit(target: Path, state: dict[str, int], entries: list[dict[str, Any]]) -> None:
+    """Write state.json, then the manifest, which makes the checkpoint one."""
+    (target / "state.json").write_text(json.dumps(state))
+    entries = [*entries, file_entry(target / "state.json")]
+    temporary = target / "manifest.json.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump({"files": entries}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, target / "manifest.json")
+
+
+def retain(directory: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for path in sorted(directory.glob("step-*"), reverse=True)[keep:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def file_entry(file: Path) -> dict[str, Any]:
+    """A file's entry in the manifest."""
+    return {"name": file.name, "bytes": file.stat().st_size, "xxh3_128": hash_file(file)}
+
+
+def read_progress(path: Path) -> Progress:
+    """The progress a checkpoint was written at."""
+    state = _read_json(path / "state.json")
+    return Progress(state["step"], state["tokens_seen"])
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_states(path: Path) -> dict[str, NamedState]:
+    """Every parameter's state by name."""
+    states: dict[str, NamedState] = {}
+    for file in sorted(path.glob("state-*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                    if "::" not in name:
+                        moments = [tensors.get_tensor(f"{name}::{m}") for m in ("exp_avg", "exp_avg_sq")]
+                        states[name] = NamedState(name, tensors.get_tensor(name), *moments)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is not readable: {error}. Delete its directory and start again.") from None
+    return states

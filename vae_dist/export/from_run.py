@@ -1,0 +1,51 @@
+"""A model directory from a run: the one it finished with, or one made of its newest checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vae_dist.config.load import load_config
+from vae_dist.data.dataset import Dataset
+from vae_dist.engine.checkpoint_files import newest_whole, read_progress, read_states
+from vae_dist.errors import ModelError
+from vae_dist.export.model_dir import copy_model, find_model_dir, load_model, write_model
+
+OBJECTIVE_PREFIX = "vae."
+
+
+def export_run(run: Path, out: Path) -> dict[str, Any]:
+    """Write a model directory to `out`.
+
+    Raises:
+        ModelError: `run` is no run directory, has no whole checkpoint, or `out` is not empty.
+    """
+    if not (run / "run.json").is_file():
+        raise ModelError(f"{run} is no run directory: it has no run.json. A run directory lies under run.storage.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out} is there already and not empty. Choose another directory.")
+    if (run / "result.json").is_file():
+        copy_model(find_model_dir(run), out)
+    else:
+        _export_checkpoint(run, out)
+    loaded = load_model(out)
+    return {"model": str(out), "weights_sha256": loaded.weights_sha256, **loaded.info["provenance"]}
+
+
+def _export_checkpoint(run: Path, out: Path) -> None:
+    checkpoint = newest_whole(run / "checkpoints")
+    if checkpoint is None:
+        raise ModelError(f"{run} has no whole checkpoint to export. Let it run longer.")
+    identity = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    dataset, config = Dataset.open(identity["data_dir"]), load_config(run / "resolved.yaml")
+    progress = read_progress(checkpoint)
+    weights = {s.name.removeprefix(OBJECTIVE_PREFIX): s.weight for s in read_states(checkpoint).values()}
+    write_model(
+        out,
+        weights,
+        config.model,
+        dataset.tokenizer,
+        dataset.split("train").max_tokens,
+        {"run": run.name, "steps": progress.step, "tokens_seen": progress.tokens_seen},
+    )

@@ -1,0 +1,54 @@
+"""Start the service on a local or running Ray cluster and stay until interrupted."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import ray
+from ray import serve
+
+from vae_dist.errors import EnvironmentProblem
+from vae_dist.export.model_dir import find_model_dir
+from vae_dist.launch.cluster import connect
+from vae_dist.launch.stop import signals_to
+from vae_dist.observe.console import say
+from vae_dist.serve.app import TextVaeService
+
+
+def serve_model(model: Path, host: str, port: int) -> None:
+    """Serve a model directory over HTTP; returns after SIGINT or SIGTERM.
+
+    Raises:
+        ModelError: `model` is no model directory; found before anything is started.
+        EnvironmentProblem: the address cannot be bound.
+    """
+    path = find_model_dir(model).resolve()
+    _check_free(host, port)
+    connect()
+    serve.start(http_options={"host": host, "port": port})
+    threads = len(os.sched_getaffinity(0))
+    serve.run(TextVaeService.bind(str(path), threads), name="vae_dist", route_prefix="/")
+    say(f"serving {path} on http://{host}:{port}")
+    say(f"""try: curl -s http://{host}:{port}/v1/sample -H 'content-type: application/json' -d '{{"n": 3, "seed": 0}}'""")
+    done = threading.Event()
+    with signals_to(done.set):
+        while not done.wait(0.5):
+            pass
+    say("stopping")
+    serve.shutdown()
+    ray.shutdown()
+
+
+def _check_free(host: str, port: int) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port, or stop what uses it."
+            ) from None
