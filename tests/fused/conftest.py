@@ -1,8 +1,9 @@
-"""An uninstalled checkout finds its own kernels."""
+"""An uninstalled checkout finds its own kernels, and the Triton suites find the test files whose cases they share."""
 
 import sys
 from pathlib import Path
 
-_KERNELS = str(Path(__file__).resolve().parents[2] / "kernels")
-if _KERNELS not in sys.path:
-    sys.path.insert(0, _KERNELS)
+_HERE = Path(__file__).resolve().parent
+for _folder in (_HERE, _HERE.parents[1] / "kernels"):
+    if str(_folder) not in sys.path:
+        sys.path.insert(0, str(_folder))

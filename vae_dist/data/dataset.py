@@ -184,8 +184,8 @@ def _parse_manifest(raw: bytes, path: str) -> dict[str, Any]:
         raise DataError(f"{path}/manifest.json is not readable. {_AGAIN}") from None
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format version {version}; this vae_dist reads version {FORMAT_VERSION}. Prepare the data again, "
-            "or use the vae_dist that wrote it."
+            f"{path} has format version {version}; this vae_dist reads version {FORMAT_VERSION}. Prepare the data "
+            "again, or use the vae_dist that wrote it."
         )
     missing = [key for key in _MANIFEST_KEYS if key not in manifest]
     if missing:
@@ -229,13 +229,12 @@ def _local_copy(place: _Place, name: str, expected_hash: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"vae_dist-{os.getuid()}"
     folder.mkdir(exist_ok=True, mode=0o700)
     local = folder / f"{expected_hash}-{name}"
-    if not local.exists():
-        # Other workers of this machine may do the same at the same time.
-        temporary = folder / f"{local.name}.{os.getpid()}.tmp"
-        try:
-            with place.filesystem.open_input_stream(f"{place.path}/{name}") as source:
-                temporary.write_bytes(source.read())
-        except FileNotFoundError:
-            return folder / "missing" / name
-        os.replace(temporary, local)
+    # Other workers of this machine may do the same at the same time.
+    temporary = folder / f"{local.name}.{os.getpid()}.tmp"
+    try:
+        with place.filesystem.open_input_stream(f"{place.path}/{name}") as source:
+            temporary.write_bytes(source.read())
+    except FileNotFoundError:
+        return Path(f"{place.path}/{name}")
+    os.replace(temporary, local)
     return local

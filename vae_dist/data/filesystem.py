@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 import pyarrow as pa
 from pyarrow import fs
 

@@ -4,51 +4,112 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from vae_dist.data.dataset import Dataset
+from vae_dist.errors import DataError
 
-_HISTOGRAM_SEQUENCES = 100_000
-_BINS, _BAR_WIDTH = 12, 40
+_BAR_WIDTH = 40
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_COUNTS = (
+    "sequences",
+    "tokens",
+    "mean_tokens",
+    "max_tokens",
+    "unknown_rate",
+    "truncated",
+    "dropped",
+    "split",
+    "shards",
+)
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """Counts of every split, vocabulary and hashes, and length percentiles of the first 100,000 sequences."""
-    splits = {}
-    for name in dataset.splits:
-        facts = {k: v for k, v in dataset.manifest["splits"][name].items() if k not in ("first_member", "members")}
-        lengths = _lengths(dataset, name)
-        facts["length_percentiles"] = {str(p): int(np.percentile(lengths, p)) for p in (5, 50, 95)}
-        splits[name] = facts
+    """Facts of every split, vocabulary and hashes, from the manifest alone; JSON-able.
+
+    `unknown_rate` is a share of the tokens; `bytes` are the bytes of a split's shards.
+    """
+    manifest = dataset.manifest
+    sizes = dict.fromkeys(dataset.splits, 0)
+    for split, size in zip(*(dataset.shards.column(c).to_pylist() for c in ("split", "bytes")), strict=True):
+        sizes[split] += size
+    keys = ("vocab_size", "dtype", "tokenizer_sha256", "empty_texts", "duplicate_texts", "options")
     return {
         "path": dataset.path,
-        "vocab_size": dataset.tokenizer.vocab_size,
-        "dtype": dataset.manifest["dtype"],
-        "tokenizer_sha256": dataset.manifest["tokenizer_sha256"],
         "manifest_hash": dataset.manifest_hash,
-        "source": dataset.manifest["origin"]["source"],
-        "splits": splits,
+        "source": manifest["source"]["name"],
+        **{key: manifest[key] for key in keys},
+        "splits": {name: _describe_split(facts, sizes[name]) for name, facts in manifest["splits"].items()},
     }
+
+
+def preview(dataset: Dataset, split: str, first: int, count: int) -> list[str]:
+    """Decoded text of the sequences [first, first + count), as far as they exist.
+
+    Raises:
+        DataError: there is no such split, or no sequence `first` in it.
+    """
+    chosen = dataset.split(split)
+    if not 0 <= first < chosen.sequences:
+        raise DataError(
+            f"The {split} split of {dataset.path} has no sequence {first}. Choose one from 0 to {chosen.sequences - 1}."
+        )
+    stop = min(first + max(count, 0), chosen.sequences)
+    return [dataset.tokenizer.decode(ids) for ids in chosen.read(first, stop - first)]
 
 
 def length_histogram(dataset: Dataset, split: str) -> str:
     """A text picture: sequences by length in tokens."""
-    counts, edges = np.histogram(_lengths(dataset, split), bins=_BINS)
-    scale = _BAR_WIDTH / max(1, counts.max())
-    rows = [
-        f"{int(np.ceil(low)):>5} - {int(np.floor(high)):>5}  {'#' * round(count * scale):<{_BAR_WIDTH}} {count:,}"
-        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
+    return _histogram(split, dataset.manifest["splits"][split]["length_histogram"])
+
+
+def render_info(facts: dict[str, Any]) -> str:
+    """What `describe` returns as plain text: a table of the splits and a picture of the lengths of each."""
+    splits = facts["splits"]
+    head = [
+        f"data set    {facts['path']}",
+        f"source      {facts['source']}",
+        f"vocabulary  {facts['vocab_size']:,} entries, stored as {facts['dtype']}",
+        f"tokenizer   {facts['tokenizer_sha256'][:12]}",
+        f"manifest    {facts['manifest_hash'][:12]}",
+        f"left out    {facts['empty_texts']:,} empty texts, {facts['duplicate_texts']:,} duplicates",
     ]
+    rows = [["", *splits]]
+    rows += [[key.replace("_", " "), *(_cell(key, splits[s][key]) for s in splits)] for key in (*_COUNTS, "bytes")]
+    pictures = [f"\n{_histogram(name, splits[name]['length_histogram'])}" for name in splits]
+    return "\n".join([*head, "", *_table(rows), *pictures])
+
+
+def _describe_split(facts: dict[str, Any], size: int) -> dict[str, Any]:
+    return {
+        **{key: value for key, value in facts.items() if key not in ("first_member", "members")},
+        "mean_tokens": facts["tokens"] / facts["sequences"],
+        "unknown_rate": facts["unknown_tokens"] / facts["tokens"],
+        "bytes": size,
+    }
+
+
+def _cell(key: str, value: float) -> str:
+    if key == "unknown_rate":
+        return f"{100 * value:.2f} %"
+    return f"{value:,.1f}" if key == "mean_tokens" else f"{value:,}"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def _histogram(split: str, histogram: dict[str, Any]) -> str:
+    width, counts = histogram["bin_tokens"], histogram["counts"]
+    labels = [str(k + 1) if width == 1 else f"{k * width + 1}-{(k + 1) * width}" for k in range(len(counts))]
+    bars = [_bar(count / max(counts)) for count in counts]
+    rows = _table(
+        [["", label, f"{n:,}", bar.ljust(_BAR_WIDTH)] for label, n, bar in zip(labels, counts, bars, strict=True)]
+    )
     return "\n".join([f"{split}: sequences by length (tokens)", *rows])
 
 
-def preview(dataset: Dataset, split: str, first: int, count: int) -> list[str]:
-    """Decoded text of the sequences [first, first + count), as far as they exist."""
-    chosen = dataset.split(split)
-    stop = min(first + count, chosen.sequences)
-    return [dataset.tokenizer.decode(ids) for ids in chosen.read(first, stop - first)] if first < stop else []
-
-
-def _lengths(dataset: Dataset, name: str) -> np.ndarray:
-    split = dataset.split(name)
-    return split.read(0, min(split.sequences, _HISTOGRAM_SEQUENCES)).lengths
+def _bar(share: float) -> str:
+    eighths = round(share * _BAR_WIDTH * 8)
+    # Something is drawn for every count that is not zero.
+    whole, rest = divmod(max(1, eighths) if share else 0, 8)
+    return _EIGHTHS[8] * whole + _EIGHTHS[rest].strip()

@@ -63,7 +63,8 @@ def read_parquet(filesystem: fs.FileSystem, path: str, options: PrepareConfig) -
             row += batch.num_rows
     except UnicodeDecodeError:
         raise DataError(
-            f"{path}: column {column!r} is not UTF-8 in the {_PARQUET_ROWS} rows from row {row} on. Write the file again."
+            f"{path}: column {column!r} is not UTF-8 in the {_PARQUET_ROWS} rows from row {row} on. Write the file "
+            "again."
         ) from None
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}. Check or restore the file.") from None
@@ -142,8 +143,8 @@ def _text_of(record: Any, where: str, name: str) -> str:
         (text or "").encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: field {name!r} holds half of a surrogate pair, \\u{ord(error.object[error.start]):04x}, which is no "
-            "character. Mend or remove the line."
+            f"{where}: field {name!r} holds half of a surrogate pair, \\u{ord(error.object[error.start]):04x}, which is "
+            "no character. Mend or remove the line."
         ) from None
     return text or ""
 
@@ -151,8 +152,8 @@ def _text_of(record: Any, where: str, name: str) -> str:
 def _check_column(schema: pa.Schema, path: str, name: str) -> None:
     if name not in schema.names:
         raise DataError(
-            f"{path} has no column {name!r} (it has: {', '.join(schema.names)}). Set prepare.text_field to the one that "
-            "holds the text."
+            f"{path} has no column {name!r} (it has: {', '.join(schema.names)}). Set prepare.text_field to the one "
+            "that holds the text."
         )
     kind = schema.field(name).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind

@@ -69,9 +69,7 @@ def payload_schema(vocab_size: int, tokenizer_sha256: str) -> pa.Schema:
 class ShardWriter:
     """Writes the shards of one split; the same sequences give the same bytes."""
 
-    def __init__(
-        self, directory: Path, split: str, schema: pa.Schema, shard_bytes: int, member_sequences: int
-    ) -> None:
+    def __init__(self, directory: Path, split: str, schema: pa.Schema, shard_bytes: int, member_sequences: int) -> None:
         self.members: list[MemberEntry] = []
         self.shards: list[ShardEntry] = []
         self._directory, self._split, self._schema = directory, split, schema
@@ -103,9 +101,7 @@ class ShardWriter:
         shard, count = len(self.shards), len(self._rows)
         offset = self._tar.write(f"{self._split}-{shard:06d}-{len(self.members):08d}", payload)
         tokens, crc32 = sum(map(len, self._rows)), zlib.crc32(payload)
-        self.members.append(
-            MemberEntry(shard, offset, len(payload), self._first_sequence, count, tokens, crc32)
-        )
+        self.members.append(MemberEntry(shard, offset, len(payload), self._first_sequence, count, tokens, crc32))
         self._first_sequence += count
         self._shard_members += 1
         self._rows, self._docs = [], []
@@ -120,9 +116,7 @@ class ShardWriter:
         self._tar = None
         path = self._directory / self._shard_name()
         sequences = self._first_sequence - self._shard_first_sequence
-        self.shards.append(
-            ShardEntry(path.name, path.stat().st_size, hash_file(path), self._shard_members, sequences)
-        )
+        self.shards.append(ShardEntry(path.name, path.stat().st_size, hash_file(path), self._shard_members, sequences))
         self._shard_members, self._shard_first_sequence = 0, self._first_sequence
 
 
@@ -165,9 +159,7 @@ def encode_member(rows: list[np.ndarray], docs: list[int], schema: pa.Schema) ->
     return sink.getvalue().to_pybytes()
 
 
-def decode_member(
-    payload: pa.Buffer, entry: MemberEntry, schema: pa.Schema, where: Callable[[], str]
-) -> Sequences:
+def decode_member(payload: pa.Buffer, entry: MemberEntry, schema: pa.Schema, where: Callable[[], str]) -> Sequences:
     """The sequences of a member from its bytes, checked against the index. Tokens are a view of `payload`.
 
     Args:

@@ -101,7 +101,8 @@ def open_source(name: str, options: PrepareConfig, cache_dir: Path) -> Source:
         return Source(name, [_file(filesystem.get_file_info(inner), kind, None)], filesystem, options)
     if options.format == "docstrings":
         raise DataError(
-            f"format: docstrings reads no files, but the source is {name}. Use the source `docstrings` or another format."
+            f"format: docstrings reads no files, but the source is {name}. Use the source `docstrings` or another "
+            "format."
         )
     filesystem, inner = resolve(name)
     try:
@@ -138,7 +139,9 @@ def _files_in(filesystem: fs.FileSystem, folder: str, name: str, options: Prepar
         return [_file(info, _format_of(name, info, options), None) for info in known]
     _refuse_ambiguous(name, [path for path in splits if splits[path] is not None])
     return [
-        _file(info, _format_of(name, info, options), splits[info.path]) for info in known if splits[info.path] is not None
+        _file(info, _format_of(name, info, options), splits[info.path])
+        for info in known
+        if splits[info.path] is not None
     ]
 
 
@@ -150,7 +153,8 @@ def _refuse_ambiguous(name: str, paths: list[str]) -> None:
         other = first.setdefault(split, path)
         if _word(other) != _word(path) or _ending(other) != _ending(path):
             raise DataError(
-                f"{name} holds two versions of the {split} split, {Path(other).name} and {Path(path).name}. Move one away."
+                f"{name} holds two versions of the {split} split, {Path(other).name} and {Path(path).name}. Move one "
+                "away."
             )
 
 
@@ -164,8 +168,8 @@ def _format_of(name: str, info: fs.FileInfo, options: PrepareConfig) -> str:
     suffix = _suffix(info.path)
     if suffix not in _FORMAT_OF_SUFFIX:
         raise DataError(
-            f"The name of {name} does not say what it holds (known: {', '.join(_FORMAT_OF_SUFFIX)}, with or without .gz). "
-            "Set prepare.format to text, jsonl or parquet."
+            f"The name of {name} does not say what it holds (known: {', '.join(_FORMAT_OF_SUFFIX)}, with or without "
+            ".gz). Set prepare.format to text, jsonl or parquet."
         )
     return _FORMAT_OF_SUFFIX[suffix]
 

@@ -108,7 +108,7 @@ def build_tokenizer(texts: Iterable[str], options: PrepareConfig) -> Tokenizer:
     Lower-casing becomes part of the tokenizer, so that text given to the model later is treated alike.
 
     Args:
-        texts: the training split, lower-cased already where that is asked for; read once, or not at all.
+        texts: the training split; read once, or not at all.
     """
     if options.tokenizer == "word":
         return _train_words(texts, options)
@@ -129,25 +129,28 @@ def _train_words(texts: Iterable[str], options: PrepareConfig) -> Tokenizer:
     pre_tokenizer = pre_tokenizers.WhitespaceSplit() if is_tokenised else words
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(piece for piece, _ in pre_tokenizer.pre_tokenize_str(text))
+        normal = lowercase(text) if options.lowercase else text
+        counts.update(piece for piece, _ in pre_tokenizer.pre_tokenize_str(normal))
     known = (word for word, count in counts.items() if count >= options.min_frequency)
     ranked = sorted((word for word in known if word not in SPECIAL_TOKENS), key=lambda word: (-counts[word], word))
     vocabulary = [*SPECIAL_TOKENS, *ranked[: options.vocab_size - len(SPECIAL_TOKENS)]]
     ids = {word: number for number, word in enumerate(vocabulary)}
     inner = tokenizers.Tokenizer(models.WordLevel(ids, unk_token=SPECIAL_TOKENS[UNK_ID]))
     inner.pre_tokenizer = pre_tokenizer
-    return _finished(inner, options)
+    _normalise(inner, options)
+    return Tokenizer(_json(inner))
 
 
 def _train_bpe(texts: Iterable[str], options: PrepareConfig) -> Tokenizer:
     if options.vocab_size < _BPE_SMALLEST_VOCABULARY:
         raise DataError(
-            f"prepare.vocab_size = {options.vocab_size} is too small for byte-level BPE: the special tokens and the 256 "
-            f"bytes need {_BPE_SMALLEST_VOCABULARY}. Raise it."
+            f"prepare.vocab_size = {options.vocab_size} is too small for byte-level BPE: the special tokens and the "
+            f"256 bytes need {_BPE_SMALLEST_VOCABULARY}. Raise it."
         )
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
+    _normalise(inner, options)
     trainer = trainers.BpeTrainer(
         vocab_size=options.vocab_size,
         min_frequency=options.min_frequency,
@@ -156,7 +159,7 @@ def _train_bpe(texts: Iterable[str], options: PrepareConfig) -> Tokenizer:
         show_progress=False,
     )
     inner.train_from_iterator(sample_texts(texts, _BPE_SAMPLE_CHARACTERS), trainer)
-    return _finished(inner, options)
+    return Tokenizer(_json(inner))
 
 
 def sample_texts(texts: Iterable[str], characters: int) -> list[str]:
@@ -181,10 +184,13 @@ def _with_lowercase(tokenizer: Tokenizer) -> Tokenizer:
         return tokenizer
     rest = [inner.normalizer] if inner.normalizer else []
     inner.normalizer = normalizers.Sequence([_LOWERCASE, *rest])
-    return Tokenizer(inner.to_str(pretty=True).encode("utf-8"))
+    return Tokenizer(_json(inner))
 
 
-def _finished(inner: tokenizers.Tokenizer, options: PrepareConfig) -> Tokenizer:
+def _normalise(inner: tokenizers.Tokenizer, options: PrepareConfig) -> None:
     if options.lowercase:
         inner.normalizer = _LOWERCASE
-    return Tokenizer(inner.to_str(pretty=True).encode("utf-8"))
+
+
+def _json(inner: tokenizers.Tokenizer) -> bytes:
+    return inner.to_str(pretty=True).encode("utf-8")

@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from vae_kernels import resolve_backend
 
 from vae_dist.config.schema import Config
 from vae_dist.data.dataset import Dataset
@@ -20,10 +21,10 @@ from vae_dist.engine.checkpoint_files import Progress
 from vae_dist.engine.plan import RunPlan, order_spec
 from vae_dist.engine.precision import autocast_dtype
 from vae_dist.engine.step import TrainStep
-from vae_dist.engine.zero import build_engine, full_weights
-from vae_dist.errors import RunFailed
+from vae_dist.engine.zero import build_engine, full_weights, optimizer_state_elements, require_compiler
+from vae_dist.errors import EnvironmentProblem, RunFailed
 from vae_dist.evaluate.likelihood import score_split, summarise
-from vae_dist.model.vae import TextVAE
+from vae_dist.model.vae import TextVAE, count_parameters
 from vae_dist.objective.elbo import NegativeElbo
 from vae_dist.objective.schedule import beta_at, learning_rate_at
 from vae_dist.observe.metrics import MetricsWriter
@@ -46,7 +47,7 @@ def train(plan: RunPlan, device: torch.device, should_stop: Callable[[], bool]) 
     engine = _build(config, dataset.tokenizer.vocab_size, device)
     loaded = load_newest(engine, plan.run_dir / "checkpoints")
     step, window = loaded.step, MetricsWindow(loaded.tokens_seen)
-    metrics = _open_metrics(plan, step)
+    metrics = _open_metrics(plan, step, engine)
     stream = Stream(
         dataset.split("train"),
         order_spec(config, dataset.split("train"), plan.manifest_hash),
@@ -81,6 +82,8 @@ def train(plan: RunPlan, device: torch.device, should_stop: Callable[[], bool]) 
 
 
 def _build(config: Config, vocab_size: int, device: torch.device) -> deepspeed.DeepSpeedEngine:
+    _require_backend(config.train.kernels, device)
+    require_compiler()
     deepspeed.init_distributed()
     torch.manual_seed(config.train.seed)
     vae = TextVAE(
@@ -101,12 +104,35 @@ def _build(config: Config, vocab_size: int, device: torch.device) -> deepspeed.D
     )
 
 
-def _open_metrics(plan: RunPlan, step: int) -> MetricsWriter | None:
+def _require_backend(kernels: str, device: torch.device) -> None:
+    try:
+        resolve_backend(kernels, torch.empty(0, device=device))
+    except RuntimeError as error:
+        raise EnvironmentProblem(f"train.kernels = {kernels}: {error}") from None
+
+
+def _open_metrics(plan: RunPlan, step: int, engine: Any) -> MetricsWriter | None:
+    """Say how the run begins, and what DeepSpeed made of the model on each rank. Collective."""
+    held: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(held, optimizer_state_elements(engine))
     if dist.get_rank() != 0:
         return None
     metrics = MetricsWriter(plan.run_dir, step)
+    stage = engine.zero_optimization_stage()
+    facts = {
+        "optimizer": type(engine.optimizer).__name__,
+        "zero_stage": stage,
+        "parameters": count_parameters(engine.module),
+        "optimizer_elements_per_rank": held,
+        "precision": "bf16" if engine.module.autocast else "fp32",
+        "kernels": resolve_backend(plan.config.train.kernels, engine.module.vae.output_bias),
+    }
     where = f"resuming from step {step}" if step else "starting"
-    metrics.write("event", step, {"message": f"{where} with {dist.get_world_size()} workers"})
+    message = (
+        f"{where}: {facts['parameters']:,} parameters, {len(held)} workers, ZeRO-{stage}, {facts['precision']}, "
+        f"{facts['kernels']} kernels"
+    )
+    metrics.write("event", step, {"message": message, **facts})
     return metrics
 
 

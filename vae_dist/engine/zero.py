@@ -7,7 +7,12 @@ are fp32 at every ZeRO stage, including stage 0, which DeepSpeed's own bf16 mode
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import socket
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -22,8 +27,25 @@ from torch import nn
 
 from vae_dist.config.schema import OptimizerConfig
 from vae_dist.engine.checkpoint_files import NamedState
+from vae_dist.errors import EnvironmentProblem
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def require_compiler() -> None:
+    """DeepSpeed compiles its communication extension when it starts on CPUs; say early what that needs.
+
+    Raises:
+        EnvironmentProblem: g++ or ninja is not on PATH.
+    """
+    # In a virtual environment that is not activated, ninja lies beside Python and not on PATH.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    for tool, remedy in (("g++", "apt-get install g++"), ("ninja", "pip install ninja, or activate .venv")):
+        if shutil.which(tool) is None:
+            raise EnvironmentProblem(
+                f"DeepSpeed needs {tool} to compile an extension, and it is not on PATH of {socket.gethostname()}. "
+                f"Run: {remedy}."
+            )
 
 
 def build_engine(

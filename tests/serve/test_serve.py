@@ -1,0 +1,136 @@
+"""The served endpoint: a real Ray Serve application, asked over HTTP."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from support import RayCluster, free_port, start_command, wait_for
+from vae_dist.config.schema import LstmConfig, ModelConfig
+from vae_dist.data.dataset import Dataset
+from vae_dist.decode.generate import Decoding
+from vae_dist.decode.latent_ops import TextModel
+from vae_dist.export.model_dir import load_model, write_model
+from vae_dist.model.vae import TextVAE
+
+
+@pytest.fixture(scope="module")
+def model_dir(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with random weights: the text is nonsense, the service must not care."""
+    torch.manual_seed(5)
+    tokenizer = Dataset.open(dataset_dir).tokenizer
+    config = ModelConfig(
+        embedding_dim=16, latent_dim=4, encoder=LstmConfig(hidden_dim=24), decoder=LstmConfig(hidden_dim=24)
+    )
+    vae = TextVAE(config, tokenizer.vocab_size)
+    path = tmp_path_factory.mktemp("model") / "model"
+    write_model(path, vae.state_dict(), config, tokenizer, 16, {"run": "random-weights"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def client(ray_cluster: RayCluster, model_dir: Path) -> Iterator[httpx.Client]:
+    """A running `vae-dist serve`, stopped with SIGINT at the end."""
+    port = free_port()
+    command = [sys.executable, "-m", "vae_dist", "serve", str(model_dir), "--port", str(port)]
+    process = start_command(command, ray_cluster.environment)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+
+        def ready() -> bool:
+            assert process.poll() is None, process.communicate()[1]
+            try:
+                return http.get("/healthz").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_for(ready, 120, "the service")
+        yield http
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Path) -> TextModel:
+    loaded = load_model(model_dir)
+    return TextModel(loaded.vae, loaded.tokenizer, loaded.max_tokens)
+
+
+def test_sample_is_what_the_library_gives(client: httpx.Client, model: TextModel) -> None:
+    answer = client.post("/v1/sample", json={"n": 4, "seed": 11, "temperature": 0.8, "return_latent": True}).json()
+    texts, rows, z_BD = model.sample(4, 11, Decoding(temperature=0.8, max_tokens=16))
+    assert answer["seed"] == 11 and [c["text"] for c in answer["choices"]] == texts
+    for choice, row, z in zip(answer["choices"], rows, z_BD, strict=True):
+        assert choice["log_prob"] == pytest.approx(row.log_prob, rel=1e-5)
+        assert choice["latent"] == pytest.approx(z.tolist())
+        assert choice["finish_reason"] == ("stop" if row.finished else "length")
+
+
+def test_seed_is_echoed_and_reproduces_alone_and_in_company(client: httpx.Client) -> None:
+    first = client.post("/v1/sample", json={"n": 5}).json()
+    again = client.post("/v1/sample", json={"n": 5, "seed": first["seed"]}).json()
+    assert again["choices"] == first["choices"]
+    third = client.post("/v1/sample", json={"n": 1, "seed": first["seed"] + 2}).json()
+    assert third["choices"][0]["text"] == first["choices"][2]["text"]
+
+
+def test_reconstruct_scores_and_reports_truncation(client: httpx.Client) -> None:
+    texts = ["the old sailor watched a small boat", "the " * 40]
+    choices = client.post("/v1/reconstruct", json={"input": texts}).json()["choices"]
+    assert [c["truncated"] for c in choices] == [False, True]
+    assert [c["input"] for c in choices] == texts
+    for choice in choices:
+        assert choice["nll_per_token"] > 0 and choice["kl_per_seq"] >= 0 and 0 <= choice["token_accuracy"] <= 1
+
+
+def test_interpolation_ends_at_the_reconstructions(client: httpx.Client) -> None:
+    a, b = "the old sailor watched a small boat", "one tired teacher forgot the long road"
+    answer = client.post("/v1/interpolate", json={"a": a, "b": b, "steps": 5}).json()
+    ends = client.post("/v1/reconstruct", json={"input": [a, b]}).json()["choices"]
+    assert [p["t"] for p in answer["points"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [answer["points"][i]["text"] for i in (0, -1)] == [c["text"] for c in ends]
+
+
+def test_info_names_the_model(client: httpx.Client, model_dir: Path) -> None:
+    info = client.get("/v1/info").json()
+    assert info["weights_sha256"] == load_model(model_dir).weights_sha256
+    assert info["latent_dim"] == 4 and info["max_tokens"] == 16 and info["model"] == "random-weights"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("/v1/sample", {"n": 0}, "n"),
+        ("/v1/sample", {"n": 10_000}, "64"),
+        ("/v1/sample", {"temprature": 1.0}, "temprature"),
+        ("/v1/sample", {"temperature": -1.0}, "temperature"),
+        ("/v1/sample", {"seed": 2**63}, "seed"),
+        ("/v1/reconstruct", {"input": []}, "input"),
+        ("/v1/reconstruct", {"input": ["   "]}, "no token"),
+        ("/v1/interpolate", {"a": "x", "b": "y", "steps": 1}, "steps"),
+        ("/v1/interpolate", {"a": "x"}, "b"),
+    ],
+)
+def test_bad_requests_are_refused_with_a_reason(client: httpx.Client, path: str, body: dict, named: str) -> None:
+    answer = client.post(path, json=body)
+    assert answer.status_code == 422 and named in answer.text, answer.text
+
+
+def test_nan_is_refused(client: httpx.Client) -> None:
+    answer = client.post(
+        "/v1/sample", content=b'{"temperature": NaN}', headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 422, answer.text
+
+
+def test_service_listens_on_loopback_only(client: httpx.Client) -> None:
+    port = client.base_url.port
+    listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if " 0A " in line]
+    mine = [address for address in listening if int(address.split(":")[1], 16) == port]
+    assert mine and all(address.startswith("0100007F") for address in mine), mine

@@ -1,0 +1,120 @@
+"""What the fixtures and tests share: a corpus, processes, ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = Path(os.environ.get("VAE_DIST_DATA", ROOT / "../shared/data")).resolve()
+SENTENCE_PARTS = (
+    ("the old", "a young", "one tired", "the quiet", "every tall"),
+    ("sailor", "teacher", "river", "engine", "garden", "window"),
+    ("watched", "carried", "followed", "forgot", "painted"),
+    ("the long road", "a small boat", "an empty house", "the morning light", "a letter from home"),
+    ("in silence", "for many years", "without a word", "after the storm", "near the harbour", "at noon"),
+)
+
+
+def corpus(repeats: int = 1) -> list[str]:
+    """4,500 distinct grammatical sentences of 7 to 12 words, in a fixed scrambled order."""
+    sentences = [""]
+    for part in SENTENCE_PARTS:
+        sentences = [f"{s} {p}".strip() for s in sentences for p in part]
+    return [sentences[i * 1009 % len(sentences)] for i in range(len(sentences))] * repeats
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The last line of standard output."""
+        return json.loads(self.out.strip().splitlines()[-1])
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A running head node of this session: how to reach it, as environment variables."""
+
+    environment: dict[str, str]
+    dashboard: str
+
+
+def run_command(arguments: list[str], environment: dict[str, str] | None = None, timeout: float = 240) -> Finished:
+    """Run a command in the repository; the whole process group ends with it."""
+    process = start_command(arguments, environment)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"{arguments} took longer than {timeout} s\n{out}\n{err}")
+    return Finished(process.returncode, out, err)
+
+
+def start_command(arguments: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a command in the repository, in a process group of its own."""
+    return subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Poll until `condition` holds; fails the test after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"waited {seconds} s for {what}")
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    """Whether something listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+TINY = (
+    "model.embedding_dim=16",
+    "model.encoder.hidden_dim=24",
+    "model.decoder.hidden_dim=24",
+    "model.latent_dim=4",
+    "model.dropout=0.0",
+    "train.precision=fp32",
+    "train.batch_sequences=32",
+    "data.length_groups=8",
+    "optimizer.learning_rate=0.01",
+    "optimizer.warmup_steps=5",
+    "cluster.cpus_per_worker=1",
+    "evaluate.num_samples=4",
+)
