@@ -120,7 +120,7 @@ def _describe(error: Any, tree: dict[str, Any], origin: dict[KeyPath, str]) -> s
     # pydantic names the chosen variant of a union in the location ("encoder", "lstm", "hidden_dim").
     keys = tuple(str(part) for part in error["loc"])
     written = _written_path(keys, tree)
-    where = next((origin[written[:n]] for n in range(len(written), 0, -1) if written[:n] in origin), "defaults")
+    where = _origin_of(written, origin)
     name = ".".join(written)
     if error["type"] == "extra_forbidden":
         siblings = _fields_beside(keys)
@@ -129,6 +129,13 @@ def _describe(error: Any, tree: dict[str, Any], origin: dict[KeyPath, str]) -> s
         return f"{where}: unknown key {name!r}. {fix}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{where}: {name} = {error['input']!r}: {message}."
+
+
+def _origin_of(written: KeyPath, origin: dict[KeyPath, str]) -> str:
+    """Where a key was written: itself, else what it lies in, else what was written inside it."""
+    around = [written[:n] for n in range(len(written), 0, -1)]
+    inside = [key for key in origin if key[: len(written)] == written]
+    return next((origin[key] for key in (*around, *inside) if key in origin), "defaults")
 
 
 def _written_path(keys: KeyPath, tree: dict[str, Any]) -> KeyPath:
@@ -146,13 +153,21 @@ def _fields_beside(keys: KeyPath) -> list[str]:
     """Field names of the section that the last key of the path was written in."""
     section: type[BaseModel] = Config
     for key in keys[:-1]:
-        candidates = [section.model_fields[key].annotation] if key in section.model_fields else []
-        for annotation in candidates:
-            options = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-            named = [o for o in options if o.model_fields.get("kind") and o.model_fields["kind"].default == keys[-2]]
-            if options:
-                section = (named or options)[0]
+        if key in section.model_fields:
+            options = _sections_in(section.model_fields[key].annotation)
+            section = options[0] if options else section
+            variants = options
+        else:
+            # The tag of a union's variant: "lstm" or "transformer".
+            section = next((v for v in variants if v.model_fields["kind"].default == key), section)
     return sorted(section.model_fields)
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections a field can hold, looking through Annotated and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]
 
 
 def _list_problems(problems: list[str]) -> str:

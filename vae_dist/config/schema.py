@@ -7,9 +7,9 @@ enter the default run name, while workers, ZeRO stage, storage and logging do no
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -33,15 +33,15 @@ class PrepareConfig(Section):
     """The column (Parquet) or key (JSONL) that holds the text."""
     lowercase: bool = False
     """Lower-case the text before tokenising."""
-    tokenizer: str = "word"
-    """`word`, `bpe`, or the path of a Hugging Face tokenizer.json."""
+    tokenizer: str = "bpe"
+    """`bpe` (byte-level, any text), `word`, or the path of a Hugging Face tokenizer.json."""
     pre_tokenizer: Literal["whitespace", "words"] = "whitespace"
     """Word tokenizer: split at white space only (text that is tokenised already), or also around punctuation."""
-    vocab_size: Annotated[int, Field(ge=8, le=2**31 - 1)] = 10_000
+    vocab_size: Annotated[int, Field(ge=8, le=2**31 - 1)] = 4096
     """Largest vocabulary, the special tokens (<pad> <s> </s> <unk>) included."""
     min_frequency: Positive = 1
     """Words or merges rarer than this in the training split are left out of the vocabulary."""
-    max_tokens: Annotated[int, Field(ge=2)] = 128
+    max_tokens: Annotated[int, Field(ge=2)] = 64
     """Longest sequence in tokens, the end-of-sequence token included."""
     too_long: Literal["truncate", "drop", "split"] = "truncate"
     """What happens to a longer sequence; the count is in the manifest and in the output."""
@@ -99,7 +99,19 @@ class TransformerConfig(Section):
     """Width of the SwiGLU layer over hidden_dim, rounded up to a multiple of 32."""
 
 
-Backbone = Annotated[LstmConfig | TransformerConfig, Field(discriminator="kind")]
+def _kind(part: Any) -> Any:
+    """`kind` of an encoder or decoder as written; left out, it is an LSTM."""
+    return part.get("kind", "lstm") if isinstance(part, dict) else getattr(part, "kind", None)
+
+
+Backbone = Annotated[
+    Annotated[LstmConfig, Tag("lstm")] | Annotated[TransformerConfig, Tag("transformer")],
+    Discriminator(
+        _kind,
+        custom_error_type="unknown_kind",
+        custom_error_message="kind must be lstm or transformer",
+    ),
+]
 
 
 class ModelConfig(Section):
@@ -118,7 +130,7 @@ class ModelConfig(Section):
     a prefix position of a Transformer), or both."""
     tie_embeddings: bool = True
     """The output projection is the embedding matrix."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Dropout on embeddings and on the decoder's output."""
     word_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability that a decoder input token is replaced by <unk>."""
@@ -131,16 +143,16 @@ class ObjectiveConfig(Section):
     """Weight of the KL after the warm-up."""
     beta_start: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the KL at step 0."""
-    beta_warmup_fraction: Fraction = 0.3
+    beta_warmup_fraction: Fraction = 0.4
     """Share of the run's steps over which beta goes linearly from beta_start to beta."""
-    free_bits_nats_per_dim: Annotated[float, Field(ge=0.0)] = 0.0
+    free_bits_nats_per_dim: Annotated[float, Field(ge=0.0)] = 0.12
     """Per example and dimension the KL counts at least this much (Li et al. 2019); 0 is off."""
 
 
 class OptimizerConfig(Section):
     """AdamW with warm-up and cosine decay."""
 
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-3
     """Peak learning rate."""
     min_learning_rate_ratio: Fraction = 0.05
     """The cosine ends at this share of the peak."""
@@ -160,7 +172,7 @@ class TrainConfig(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds initialisation, order, noise and sampling."""
-    epochs: Annotated[float, Field(gt=0.0)] = 6.0
+    epochs: Annotated[float, Field(gt=0.0)] = 2.5
     """Passes over the training split."""
     steps: Positive | None = None
     """Optimizer steps; when given, `epochs` is not used."""

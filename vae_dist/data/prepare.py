@@ -29,7 +29,7 @@ from vae_dist.data.shards import ShardWriter, payload_schema
 from vae_dist.data.sources import Source, open_source
 from vae_dist.data.tables import write_json, write_manifest, write_tables
 from vae_dist.data.tokenizer import TRAINED_KINDS, Tokenizer, build_tokenizer, lowercase
-from vae_dist.errors import DataError
+from vae_dist.errors import DataError, EnvironmentProblem
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,12 @@ def prepare(source_name: str, out_dir: Path, options: PrepareConfig, cache_dir: 
     if not is_finished(out_dir):
         with claimed(out_dir) as is_mine:
             if is_mine:
-                _write(source, out_dir, options, origin)
+                try:
+                    _write(source, out_dir, options, origin)
+                except OSError as error:
+                    raise EnvironmentProblem(
+                        f"{out_dir} cannot be written: {error}. Make room or choose another."
+                    ) from None
                 return _report(Dataset.open(out_dir))
     return _open_finished(out_dir, origin)
 
@@ -148,10 +153,10 @@ def _write(source: Source, out_dir: Path, options: PrepareConfig, origin: dict[s
     writers = _write_shards(source, out_dir, options, tokenizer, counts)
     kept = {name: writer for name, writer in writers.items() if writer.lengths}
     if "train" not in kept:
+        texts, too_long = (sum(getattr(w, key) for w in writers.values()) for key in ("texts", "too_long"))
         raise DataError(
-            f"The source {source.name} gives no training sequence: {sum(w.texts for w in writers.values())} texts were read, "
-            f"{sum(w.too_long for w in writers.values())} of them longer than prepare.max_tokens. Check the "
-            "files, the split fractions, and prepare.max_tokens with prepare.too_long."
+            f"The source {source.name} gives no training sequence: {texts} texts were read, {too_long} of them longer "
+            "than prepare.max_tokens. Check the files, the split fractions, prepare.max_tokens and prepare.too_long."
         )
     tokenizer.save(out_dir / "tokenizer.json")
     write_tables(

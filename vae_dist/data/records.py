@@ -143,8 +143,8 @@ def _text_of(record: Any, where: str, name: str) -> str:
         (text or "").encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: field {name!r} holds half of a surrogate pair, \\u{ord(error.object[error.start]):04x}, which is "
-            "no character. Mend or remove the line."
+            f"{where}: field {name!r} holds half of a surrogate pair, \\u{ord(error.object[error.start]):04x}, which "
+            "is no character. Mend or remove the line."
         ) from None
     return text or ""
 

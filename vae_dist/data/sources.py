@@ -94,11 +94,10 @@ def open_source(name: str, options: PrepareConfig, cache_dir: Path) -> Source:
         DataError: nothing there, or nothing of a known kind.
     """
     if name == "docstrings" and options.format in ("auto", "docstrings"):
-        name, path, kind = "docstrings", str(harvest_docstrings(cache_dir).path), "text"
+        filesystem, inner = resolve(harvest_docstrings(cache_dir).path)
         # The corpus is one sentence a line, whatever records the options ask of text files.
         options = options.model_copy(update={"record": "line"})
-        filesystem, inner = resolve(path)
-        return Source(name, [_file(filesystem.get_file_info(inner), kind, None)], filesystem, options)
+        return Source(name, [_file(filesystem.get_file_info(inner), "text", None)], filesystem, options)
     if options.format == "docstrings":
         raise DataError(
             f"format: docstrings reads no files, but the source is {name}. Use the source `docstrings` or another "

@@ -120,7 +120,7 @@ def gather(split: Split, numbers: np.ndarray, block_sequences: int) -> Sequences
     ascending = numbers[order]
     starts = np.flatnonzero(np.diff(ascending // block_sequences, prepend=-1))
     parts = []
-    for start, stop in zip(starts, [*starts[1:], len(ascending)], strict=True):
+    for start, stop in zip(starts, np.append(starts, len(ascending))[1:], strict=True):
         first, last = int(ascending[start]), int(ascending[stop - 1])
         block = split.read(first, last - first + 1)
         parts.append(block.take(ascending[start:stop] - first))

@@ -1,0 +1,145 @@
+"""Shards: bytes that do not change, offsets that a tar reader agrees with, damage that is noticed."""
+
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import webdataset
+
+from vae_dist.data.sequences import Sequences
+from vae_dist.data.shards import ShardWriter, decode_member, hash_file, payload_schema, token_type
+from vae_dist.errors import DataError
+
+SCHEMA = payload_schema(1000, "tokenizer-hash")
+
+
+def rows(count: int, seed: int = 0) -> list[np.ndarray]:
+    draw = np.random.default_rng(seed)
+    return [np.append(draw.integers(4, 1000, draw.integers(0, 30)), 2) for _ in range(count)]
+
+
+def write(folder: Path, sequences: list[np.ndarray], shard_bytes: int = 8192, member_sequences: int = 7) -> ShardWriter:
+    folder.mkdir(exist_ok=True)
+    writer = ShardWriter(folder, "train", SCHEMA, shard_bytes, member_sequences)
+    for doc, tokens in enumerate(sequences):
+        writer.add(tokens, doc)
+    writer.close()
+    return writer
+
+
+def test_index_agrees_with_tarfile(tmp_path: Path) -> None:
+    writer = write(tmp_path, rows(200))
+    assert len(writer.shards) > 2
+    found = []
+    for number, shard in enumerate(writer.shards):
+        with tarfile.open(tmp_path / shard.name) as tar:
+            for info in tar:
+                payload = tar.extractfile(info).read()
+                found.append((number, info.offset_data, info.size, zlib.crc32(payload)))
+                assert (info.mtime, info.mode, info.uname, info.gname) == (0, 0o444, "user", "group")
+    assert found == [(m.shard, m.offset, m.bytes, m.crc32) for m in writer.members]
+
+
+def test_index_counts(tmp_path: Path) -> None:
+    sequences = rows(200)
+    writer = write(tmp_path, sequences)
+    lengths = np.array([len(row) for row in sequences])
+    assert [m.first_sequence for m in writer.members] == list(range(0, 200, 7))
+    assert [m.sequences for m in writer.members] == [7] * 28 + [4]
+    assert [m.tokens for m in writer.members] == [lengths[i : i + 7].sum() for i in range(0, 200, 7)]
+    for number, shard in enumerate(writer.shards):
+        mine = [m for m in writer.members if m.shard == number]
+        assert (shard.members, shard.sequences) == (len(mine), sum(m.sequences for m in mine))
+        path = tmp_path / shard.name
+        assert (shard.bytes, shard.xxh3) == (path.stat().st_size, hash_file(path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"train-{i:06d}.tar" for i in range(len(writer.shards))]
+
+
+def test_shards_stay_below_the_target(tmp_path: Path) -> None:
+    writer = write(tmp_path, rows(300), shard_bytes=16_384, member_sequences=5)
+    # A tar ends with empty blocks, up to one record of 10,240 bytes.
+    assert all(shard.bytes <= 16_384 + 10_240 for shard in writer.shards)
+    # A member larger than a shard gets a shard of its own.
+    large = write(tmp_path / "large", rows(300), shard_bytes=4096, member_sequences=150)
+    assert [shard.sequences for shard in large.shards] == [150, 150]
+
+
+def test_bytes_are_reproducible(tmp_path: Path) -> None:
+    first, second = (write(tmp_path / name, rows(100)) for name in ("a", "b"))
+    assert first.shards == second.shards
+    other = write(tmp_path / "c", rows(100, seed=1))
+    assert [s.xxh3 for s in other.shards] != [s.xxh3 for s in first.shards]
+
+
+@pytest.mark.parametrize(("vocab_size", "kind"), [(65_536, pa.uint16()), (65_537, pa.uint32()), (2**31 - 1, pa.uint32())])
+def test_every_id_fits(tmp_path: Path, vocab_size: int, kind: pa.DataType) -> None:
+    assert token_type(vocab_size) == kind
+    schema = payload_schema(vocab_size, "h")
+    writer = ShardWriter(tmp_path, "train", schema, 1 << 20, 10)
+    writer.add(np.array([vocab_size - 1, 2]), 0)
+    writer.close()
+    assert read(tmp_path, writer, 0, schema).tokens.tolist() == [vocab_size - 1, 2]
+
+
+def test_payload_is_plain_arrow(tmp_path: Path) -> None:
+    sequences = rows(9)
+    write(tmp_path, sequences, member_sequences=9)
+    with tarfile.open(tmp_path / "train-000000.tar") as tar:
+        payload = tar.extractfile(tar.next()).read()
+    with pa.ipc.open_stream(payload) as stream:
+        table = stream.read_all()
+    assert table.schema.metadata == {b"tokenizer_sha256": b"tokenizer-hash", b"format_version": b"1"}
+    assert table.column("tokens").to_pylist() == [row.tolist() for row in sequences]
+    assert table.column("doc").to_pylist() == list(range(9))
+
+
+def test_stock_webdataset_reads_shards(tmp_path: Path) -> None:
+    sequences = rows(200)
+    writer = write(tmp_path, sequences)
+    urls = [str(tmp_path / shard.name) for shard in writer.shards]
+
+    def arrow(key: str, data: bytes) -> list[list[int]] | None:
+        return pa.ipc.open_stream(data).read_all().column("tokens").to_pylist() if key.endswith("arrow") else None
+
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode(arrow, only=["arrow"]))
+    assert [row for sample in samples for row in sample["arrow"]] == [row.tolist() for row in sequences]
+    assert len({sample["__key__"] for sample in samples}) == len(writer.members)
+
+
+def read(folder: Path, writer: ShardWriter, number: int, schema: pa.Schema = SCHEMA, flip: int = -1) -> Sequences:
+    entry = writer.members[number]
+    data = bytearray((folder / writer.shards[entry.shard].name).read_bytes()[entry.offset : entry.offset + entry.bytes])
+    if flip >= 0:
+        data[flip] ^= 1
+    return decode_member(pa.py_buffer(bytes(data)), entry, schema, lambda: "train-000000.tar, member 3 at byte 512,")
+
+
+def test_members_decode_to_what_was_written(tmp_path: Path) -> None:
+    sequences = rows(50)
+    writer = write(tmp_path, sequences)
+    decoded = [row.tolist() for number in range(len(writer.members)) for row in read(tmp_path, writer, number)]
+    assert decoded == [row.tolist() for row in sequences]
+    member = read(tmp_path, writer, 1)
+    assert member.offsets.dtype == np.int64
+    assert member.tokens.dtype == np.uint16
+    assert not member.tokens.flags.owndata
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    writer = write(tmp_path, rows(50))
+    for flip in range(0, writer.members[2].bytes, 97):
+        with pytest.raises(DataError, match=r"train-000000\.tar, member 3 at byte 512, is damaged"):
+            read(tmp_path, writer, 2, flip=flip)
+    entry = writer.members[0]
+    with pytest.raises(DataError, match="its 0 of"):
+        decode_member(pa.py_buffer(b""), entry, SCHEMA, lambda: "x")
+
+
+@pytest.mark.parametrize("schema", [payload_schema(1000, "other"), payload_schema(70_000, "tokenizer-hash")])
+def test_another_tokenizer_is_refused(tmp_path: Path, schema: pa.Schema) -> None:
+    writer = write(tmp_path, rows(5))
+    with pytest.raises(DataError, match="member 3 at byte 512, was written with another tokenizer or format"):
+        read(tmp_path, writer, 0, schema)

@@ -1,0 +1,200 @@
+"""Tokenizers: ids against counts made by hand, round trips of hostile text, and files that are refused."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, normalizers, pre_tokenizers
+
+from vae_dist.config.schema import PrepareConfig
+from vae_dist.data import tokenizer as module
+from vae_dist.data.tokenizer import Tokenizer, build_tokenizer, lowercase, sample_texts
+from vae_dist.errors import DataError
+
+WORDS = ["b b a", "a <unk> c", "c d <pad> </s>", "<s> B"]
+NASTY = [
+    "👩‍👩‍👧‍👦 family 🏳️‍🌈 flag 🇩🇪",
+    "שלום עולם, مرحبا بالعالم \u200f right to left",
+    "e\u0301 vs é, Z̷͚̈́a̸lgo, à\u0300\u0301\u0302",
+    "nul\0inside\x01\x7f",
+    "line\r\nbreak\ttab \u2028 \u00a0 no-break  two spaces ",
+    "</s> <s> <pad> <unk> <unk>x",
+    "",
+    " ",
+    "\ud7ff\ue000\ufffd\U0010ffff",
+    "x" * 200_000,
+    "永和九年,歲在癸丑" * 50,
+]
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return build_tokenizer(["the cat sat on the mat", "the café"] * 20, PrepareConfig(tokenizer="bpe", vocab_size=300))
+
+
+def word_vocabulary(tokenizer: Tokenizer) -> list[str]:
+    vocabulary = json.loads(tokenizer._bytes)["model"]["vocab"]
+    assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
+    return sorted(vocabulary, key=vocabulary.__getitem__)
+
+
+def test_word_vocabulary_is_sorted_by_count_then_word() -> None:
+    tokenizer = build_tokenizer(WORDS, PrepareConfig())
+    assert word_vocabulary(tokenizer) == ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "B", "d"]
+    assert tokenizer.vocab_size == 9
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2, 3)
+
+
+def test_word_ids() -> None:
+    tokenizer = build_tokenizer(WORDS, PrepareConfig())
+    encoded = tokenizer.encode_batch(["b d", "", "new <unk> a", "a </s> <pad> <s> b"])
+    # Special tokens that a text spells out are unknown words: an end of sequence is at the end only.
+    assert [ids.tolist() for ids in encoded] == [[5, 8, 2], [2], [3, 3, 4, 2], [4, 3, 3, 3, 5, 2]]
+    assert all(ids.dtype == np.int64 for ids in encoded)
+
+
+def test_word_limits() -> None:
+    assert word_vocabulary(build_tokenizer(WORDS, PrepareConfig(min_frequency=2)))[4:] == ["a", "b", "c"]
+    many = [" ".join(f"w{i:02}" for i in range(n)) for n in range(30)]
+    assert word_vocabulary(build_tokenizer(many, PrepareConfig(vocab_size=8)))[4:] == ["w00", "w01", "w02", "w03"]
+
+
+def test_words_split_punctuation_off_and_decoding_puts_it_back() -> None:
+    text = 'Wait, (he said) it\'s <unk>: don\'t [go]!'
+    tokenizer = build_tokenizer([text], PrepareConfig(pre_tokenizer="words"))
+    assert "Wait" in word_vocabulary(tokenizer)
+    assert tokenizer.encode_batch([text])[0].tolist().count(3) == 1
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+def test_decode_stops_at_the_end_and_drops_padding() -> None:
+    tokenizer = build_tokenizer(WORDS, PrepareConfig())
+    assert tokenizer.decode([1, 4, 0, 3, 5, 2, 6, 6]) == "a <unk> b"
+    assert tokenizer.decode(np.array([4, 5], dtype=np.uint16)) == "a b"
+    assert tokenizer.decode([]) == ""
+
+
+@pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
+def test_bpe_round_trips(bpe: Tokenizer, text: str) -> None:
+    ids = bpe.encode_batch([text])[0]
+    assert ids[-1] == 2
+    assert (ids[:-1] > 3).all()
+    assert bpe.decode(ids) == text
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=5))
+@settings(max_examples=200)
+def test_bpe_round_trips_any_text(bpe: Tokenizer, texts: list[str]) -> None:
+    assert [bpe.decode(ids) for ids in bpe.encode_batch(texts)] == texts
+
+
+def test_bpe_merges(bpe: Tokenizer) -> None:
+    assert bpe.vocab_size <= 300
+    assert len(bpe.encode_batch(["the cat sat on the mat"])[0]) == 7
+    with pytest.raises(DataError, match="need 260"):
+        build_tokenizer(["a"], PrepareConfig(tokenizer="bpe", vocab_size=259))
+    assert build_tokenizer(["a"], PrepareConfig(tokenizer="bpe", vocab_size=260)).vocab_size == 260
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_training_is_deterministic(kind: str, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdé \U0001f600", k=40)) for _ in range(500)]
+    options = PrepareConfig(tokenizer=kind, vocab_size=400)
+    first, second = (build_tokenizer(iter(texts), options) for _ in range(2))
+    first.save(tmp_path / "a.json")
+    second.save(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    # Counts decide, not the order of the texts.
+    assert build_tokenizer(texts[::-1], options).sha256 == first.sha256
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+@pytest.mark.parametrize("pre_tokenizer", ["whitespace", "words"])
+def test_save_and_load(kind: str, pre_tokenizer: str, tmp_path: Path) -> None:
+    options = PrepareConfig(tokenizer=kind, pre_tokenizer=pre_tokenizer, lowercase=True)
+    tokenizer = build_tokenizer(["The cat, the CAT </s>!"], options)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.sha256 == tokenizer.sha256
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
+    text = "THE cat </s>, x"
+    ids = tokenizer.encode_batch([text])[0]
+    assert loaded.encode_batch([text])[0].tolist() == ids.tolist()
+    assert loaded.decode(ids) == tokenizer.decode(ids)
+
+
+def test_lowercase_belongs_to_the_tokenizer() -> None:
+    tokenizer = build_tokenizer(["The CAT", "the ΟΔΟΣ"], PrepareConfig(lowercase=True))
+    assert sorted(word_vocabulary(tokenizer)[4:]) == sorted(["the", "cat", lowercase("ΟΔΟΣ")])
+    assert tokenizer.encode_batch(["THE οδοσ"])[0].tolist()[0] == 4
+    assert 3 not in tokenizer.encode_batch(["THE ΟΔΟΣ"])[0]
+
+
+def test_a_given_tokenizer_is_lower_cased_on_request(tmp_path: Path) -> None:
+    build_tokenizer(["the cat"], PrepareConfig()).save(tmp_path / "t.json")
+    given = PrepareConfig(tokenizer=str(tmp_path / "t.json"))
+    plain, lower = (build_tokenizer([], given.model_copy(update={"lowercase": low})) for low in (False, True))
+    assert plain.sha256 == Tokenizer.load(tmp_path / "t.json").sha256 != lower.sha256
+    assert plain.encode_batch(["The CAT"])[0].tolist() == [3, 3, 2]
+    assert lower.encode_batch(["The CAT"])[0].tolist() == [5, 4, 2]
+    lower.save(tmp_path / "t.json")
+    assert build_tokenizer([], given.model_copy(update={"lowercase": True})).sha256 == lower.sha256
+
+
+def test_what_a_file_says_about_truncation_and_padding_is_ignored(tmp_path: Path) -> None:
+    build_tokenizer(["a b c"], PrepareConfig()).save(tmp_path / "t.json")
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    inner.enable_truncation(2)
+    inner.enable_padding(length=5)
+    inner.save(str(tmp_path / "t.json"))
+    assert Tokenizer.load(tmp_path / "t.json").encode_batch(["a b c"])[0].tolist() == [4, 5, 6, 2]
+
+
+def test_vocabulary_with_gaps_counts_to_the_largest_id(tmp_path: Path) -> None:
+    ids = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "far": 70_000}
+    inner = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.normalizer = normalizers.NFC()
+    inner.save(str(tmp_path / "t.json"))
+    assert Tokenizer.load(tmp_path / "t.json").vocab_size == 70_001
+
+
+def test_refused_files(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    with pytest.raises(DataError, match=f"no tokenizer {path}"):
+        Tokenizer.load(path)
+    for content in (b"{}", b"\xff\xfe", b"not json"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="not a Hugging Face tokenizer file"):
+            Tokenizer.load(path)
+    tokenizers.Tokenizer(models.WordLevel({"<pad>": 1, "<s>": 0, "x": 2}, unk_token="x")).save(str(path))
+    with pytest.raises(DataError, match=r"at \[1, 0, None, None\]"):
+        build_tokenizer([], PrepareConfig(tokenizer=str(path)))
+
+
+def test_sample_is_bounded_and_independent_of_position() -> None:
+    texts = [f"text number {i}" for i in range(5000)]
+    assert sample_texts(texts, 10**9) == texts
+    size = sum(map(len, texts)) // 10
+    sample = sample_texts(texts, size)
+    assert size / 4 < sum(map(len, sample)) <= size
+    assert set(sample_texts(texts[::-1], size)) == set(sample)
+    # Even over the corpus: the halves are drawn from alike.
+    early = sum(int(text.split()[-1]) < 2500 for text in sample)
+    assert 0.35 < early / len(sample) < 0.65
+    assert sample_texts(["x" * 100], 10) == []
+
+
+def test_bpe_training_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: Counter[str] = Counter()
+    monkeypatch.setattr(module, "_BPE_SAMPLE_CHARACTERS", 500)
+    monkeypatch.setattr(module, "sample_texts", lambda texts, size: seen.update(size=size) or sample_texts(texts, size))
+    build_tokenizer((f"text {i}" for i in range(1000)), PrepareConfig(tokenizer="bpe", vocab_size=300))
+    assert seen["size"] == 500
