@@ -45,7 +45,7 @@ format: $(VENV)/.installed-test
 lock:
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install --quiet '.[test,lint]'
-	$(VENV)-lock/bin/pip freeze --exclude vae_dist --exclude vae-dist | sed -E 's/\+cpu$$//; s/ @ .*//' > requirements.lock
+	$(VENV)-lock/bin/pip freeze --exclude-editable | grep -v -i '^vae' | sed -E 's/\+cpu$$//; s/ @ .*//' > requirements.lock
 	rm -rf $(VENV)-lock
 
 clean:

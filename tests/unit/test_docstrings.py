@@ -64,9 +64,7 @@ def test_harvest_finds_every_docstring_once_in_file_order(
     assert "1 files could not be parsed" in caplog.text
 
 
-def test_harvest_does_not_depend_on_parallelism(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_harvest_does_not_depend_on_parallelism(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docstrings, "_MIN_FILES_PER_TASK", 1)
     many = harvest_docstrings(tmp_path / "many", [tree], workers=3)
     monkeypatch.setattr(docstrings, "_MIN_FILES_PER_TASK", 1000)

@@ -74,7 +74,9 @@ def test_bytes_are_reproducible(tmp_path: Path) -> None:
     assert [s.xxh3 for s in other.shards] != [s.xxh3 for s in first.shards]
 
 
-@pytest.mark.parametrize(("vocab_size", "kind"), [(65_536, pa.uint16()), (65_537, pa.uint32()), (2**31 - 1, pa.uint32())])
+@pytest.mark.parametrize(
+    ("vocab_size", "kind"), [(65_536, pa.uint16()), (65_537, pa.uint32()), (2**31 - 1, pa.uint32())]
+)
 def test_every_id_fits(tmp_path: Path, vocab_size: int, kind: pa.DataType) -> None:
     assert token_type(vocab_size) == kind
     schema = payload_schema(vocab_size, "h")

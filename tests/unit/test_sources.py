@@ -164,7 +164,13 @@ def test_two_versions_of_a_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
 @pytest.mark.parametrize(
     ("before", "bad"),
-    [("", b"\xff"), ("café\n" * 3, b"\xe9 x\n"), ("\ufeffab", b"\x80"), ("x\n", "é".encode()[:1]), ("é", b"\xf0\x9f\x98")],
+    [
+        ("", b"\xff"),
+        ("café\n" * 3, b"\xe9 x\n"),
+        ("\ufeffab", b"\x80"),
+        ("x\n", "é".encode()[:1]),
+        ("é", b"\xf0\x9f\x98"),
+    ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
 def test_not_utf8_names_the_byte(

@@ -20,7 +20,9 @@ from vae_dist.data.sequences import Sequences
 from vae_dist.data.stream import Stream, gather
 from vae_dist.errors import DataError
 
-OPTIONS = PrepareConfig(valid_fraction=0.0, test_fraction=0.0, member_sequences=64, shard_bytes=16_384)
+OPTIONS = PrepareConfig(
+    tokenizer="word", vocab_size=4096, valid_fraction=0.0, test_fraction=0.0, member_sequences=64, shard_bytes=16_384
+)
 
 
 def write_corpus(path: Path, count: int, longest: int = 12, seed: int = 0) -> None:
@@ -96,9 +98,7 @@ def test_a_share_is_the_same_whatever_was_read_before(split: Split, spec: OrderS
 
 
 def test_epochs_have_different_batches(split: Split, spec: OrderSpec) -> None:
-    first, second = (
-        {tokens for _, tokens in global_batch(split, spec, 1, step)} for step in (0, spec.steps_per_epoch)
-    )
+    first, second = ({tokens for _, tokens in global_batch(split, spec, 1, step)} for step in (0, spec.steps_per_epoch))
     assert len(first & second) < 10
 
 
@@ -159,7 +159,7 @@ def test_damage_is_raised_in_the_consumer(tmp_path: Path) -> None:
 
 
 class ArraySplit:
-    """A split in memory, made as it is read, with lengths spread like those of newspaper sentences (mean 21, s.d. 11)."""
+    """A split in memory, made as it is read; lengths as those of newspaper sentences (mean 21, s.d. 11)."""
 
     def __init__(self, sequences: int) -> None:
         self.sequences = sequences

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,9 +34,14 @@ NASTY = [
 ]
 
 
+def word(**options: Any) -> PrepareConfig:
+    """Options of a word-level data set, whatever the defaults are."""
+    return PrepareConfig(**{"tokenizer": "word", "vocab_size": 10_000, "max_tokens": 128, **options})
+
+
 @pytest.fixture(scope="module")
 def bpe() -> Tokenizer:
-    return build_tokenizer(["the cat sat on the mat", "the café"] * 20, PrepareConfig(tokenizer="bpe", vocab_size=300))
+    return build_tokenizer(["the cat sat on the mat", "the café"] * 20, word(tokenizer="bpe", vocab_size=300))
 
 
 def word_vocabulary(tokenizer: Tokenizer) -> list[str]:
@@ -45,14 +51,14 @@ def word_vocabulary(tokenizer: Tokenizer) -> list[str]:
 
 
 def test_word_vocabulary_is_sorted_by_count_then_word() -> None:
-    tokenizer = build_tokenizer(WORDS, PrepareConfig())
+    tokenizer = build_tokenizer(WORDS, word())
     assert word_vocabulary(tokenizer) == ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "B", "d"]
     assert tokenizer.vocab_size == 9
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2, 3)
 
 
 def test_word_ids() -> None:
-    tokenizer = build_tokenizer(WORDS, PrepareConfig())
+    tokenizer = build_tokenizer(WORDS, word())
     encoded = tokenizer.encode_batch(["b d", "", "new <unk> a", "a </s> <pad> <s> b"])
     # Special tokens that a text spells out are unknown words: an end of sequence is at the end only.
     assert [ids.tolist() for ids in encoded] == [[5, 8, 2], [2], [3, 3, 4, 2], [4, 3, 3, 3, 5, 2]]
@@ -60,21 +66,21 @@ def test_word_ids() -> None:
 
 
 def test_word_limits() -> None:
-    assert word_vocabulary(build_tokenizer(WORDS, PrepareConfig(min_frequency=2)))[4:] == ["a", "b", "c"]
+    assert word_vocabulary(build_tokenizer(WORDS, word(min_frequency=2)))[4:] == ["a", "b", "c"]
     many = [" ".join(f"w{i:02}" for i in range(n)) for n in range(30)]
-    assert word_vocabulary(build_tokenizer(many, PrepareConfig(vocab_size=8)))[4:] == ["w00", "w01", "w02", "w03"]
+    assert word_vocabulary(build_tokenizer(many, word(vocab_size=8)))[4:] == ["w00", "w01", "w02", "w03"]
 
 
 def test_words_split_punctuation_off_and_decoding_puts_it_back() -> None:
-    text = 'Wait, (he said) it\'s <unk>: don\'t [go]!'
-    tokenizer = build_tokenizer([text], PrepareConfig(pre_tokenizer="words"))
+    text = "Wait, (he said) it's <unk>: don't [go]!"
+    tokenizer = build_tokenizer([text], word(pre_tokenizer="words"))
     assert "Wait" in word_vocabulary(tokenizer)
     assert tokenizer.encode_batch([text])[0].tolist().count(3) == 1
     assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
 
 
 def test_decode_stops_at_the_end_and_drops_padding() -> None:
-    tokenizer = build_tokenizer(WORDS, PrepareConfig())
+    tokenizer = build_tokenizer(WORDS, word())
     assert tokenizer.decode([1, 4, 0, 3, 5, 2, 6, 6]) == "a <unk> b"
     assert tokenizer.decode(np.array([4, 5], dtype=np.uint16)) == "a b"
     assert tokenizer.decode([]) == ""
@@ -98,15 +104,15 @@ def test_bpe_merges(bpe: Tokenizer) -> None:
     assert bpe.vocab_size <= 300
     assert len(bpe.encode_batch(["the cat sat on the mat"])[0]) == 7
     with pytest.raises(DataError, match="need 260"):
-        build_tokenizer(["a"], PrepareConfig(tokenizer="bpe", vocab_size=259))
-    assert build_tokenizer(["a"], PrepareConfig(tokenizer="bpe", vocab_size=260)).vocab_size == 260
+        build_tokenizer(["a"], word(tokenizer="bpe", vocab_size=259))
+    assert build_tokenizer(["a"], word(tokenizer="bpe", vocab_size=260)).vocab_size == 260
 
 
 @pytest.mark.parametrize("kind", ["word", "bpe"])
 def test_training_is_deterministic(kind: str, tmp_path: Path) -> None:
     draw = random.Random(0)
     texts = ["".join(draw.choices("abcdé \U0001f600", k=40)) for _ in range(500)]
-    options = PrepareConfig(tokenizer=kind, vocab_size=400)
+    options = word(tokenizer=kind, vocab_size=400)
     first, second = (build_tokenizer(iter(texts), options) for _ in range(2))
     first.save(tmp_path / "a.json")
     second.save(tmp_path / "b.json")
@@ -118,7 +124,7 @@ def test_training_is_deterministic(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["word", "bpe"])
 @pytest.mark.parametrize("pre_tokenizer", ["whitespace", "words"])
 def test_save_and_load(kind: str, pre_tokenizer: str, tmp_path: Path) -> None:
-    options = PrepareConfig(tokenizer=kind, pre_tokenizer=pre_tokenizer, lowercase=True)
+    options = word(tokenizer=kind, pre_tokenizer=pre_tokenizer, lowercase=True)
     tokenizer = build_tokenizer(["The cat, the CAT </s>!"], options)
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
@@ -131,15 +137,15 @@ def test_save_and_load(kind: str, pre_tokenizer: str, tmp_path: Path) -> None:
 
 
 def test_lowercase_belongs_to_the_tokenizer() -> None:
-    tokenizer = build_tokenizer(["The CAT", "the ΟΔΟΣ"], PrepareConfig(lowercase=True))
+    tokenizer = build_tokenizer(["The CAT", "the ΟΔΟΣ"], word(lowercase=True))
     assert sorted(word_vocabulary(tokenizer)[4:]) == sorted(["the", "cat", lowercase("ΟΔΟΣ")])
     assert tokenizer.encode_batch(["THE οδοσ"])[0].tolist()[0] == 4
     assert 3 not in tokenizer.encode_batch(["THE ΟΔΟΣ"])[0]
 
 
 def test_a_given_tokenizer_is_lower_cased_on_request(tmp_path: Path) -> None:
-    build_tokenizer(["the cat"], PrepareConfig()).save(tmp_path / "t.json")
-    given = PrepareConfig(tokenizer=str(tmp_path / "t.json"))
+    build_tokenizer(["the cat"], word()).save(tmp_path / "t.json")
+    given = word(tokenizer=str(tmp_path / "t.json"))
     plain, lower = (build_tokenizer([], given.model_copy(update={"lowercase": low})) for low in (False, True))
     assert plain.sha256 == Tokenizer.load(tmp_path / "t.json").sha256 != lower.sha256
     assert plain.encode_batch(["The CAT"])[0].tolist() == [3, 3, 2]
@@ -148,8 +154,20 @@ def test_a_given_tokenizer_is_lower_cased_on_request(tmp_path: Path) -> None:
     assert build_tokenizer([], given.model_copy(update={"lowercase": True})).sha256 == lower.sha256
 
 
+def test_lower_casing_keeps_the_normalizer_of_a_given_tokenizer(tmp_path: Path) -> None:
+    build_tokenizer(["the \u00e9"], word()).save(tmp_path / "t.json")
+    inner = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    inner.normalizer = normalizers.NFC()
+    inner.save(str(tmp_path / "t.json"))
+    options = word(tokenizer=str(tmp_path / "t.json"), lowercase=True)
+    lower = build_tokenizer([], options)
+    assert 3 not in lower.encode_batch(["THE E\u0301"])[0]
+    lower.save(tmp_path / "t.json")
+    assert build_tokenizer([], options).sha256 == lower.sha256
+
+
 def test_what_a_file_says_about_truncation_and_padding_is_ignored(tmp_path: Path) -> None:
-    build_tokenizer(["a b c"], PrepareConfig()).save(tmp_path / "t.json")
+    build_tokenizer(["a b c"], word()).save(tmp_path / "t.json")
     inner = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
     inner.enable_truncation(2)
     inner.enable_padding(length=5)
@@ -176,7 +194,7 @@ def test_refused_files(tmp_path: Path) -> None:
             Tokenizer.load(path)
     tokenizers.Tokenizer(models.WordLevel({"<pad>": 1, "<s>": 0, "x": 2}, unk_token="x")).save(str(path))
     with pytest.raises(DataError, match=r"at \[1, 0, None, None\]"):
-        build_tokenizer([], PrepareConfig(tokenizer=str(path)))
+        build_tokenizer([], word(tokenizer=str(path)))
 
 
 def test_sample_is_bounded_and_independent_of_position() -> None:
@@ -196,5 +214,5 @@ def test_bpe_training_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: Counter[str] = Counter()
     monkeypatch.setattr(module, "_BPE_SAMPLE_CHARACTERS", 500)
     monkeypatch.setattr(module, "sample_texts", lambda texts, size: seen.update(size=size) or sample_texts(texts, size))
-    build_tokenizer((f"text {i}" for i in range(1000)), PrepareConfig(tokenizer="bpe", vocab_size=300))
+    build_tokenizer((f"text {i}" for i in range(1000)), word(tokenizer="bpe", vocab_size=300))
     assert seen["size"] == 500

@@ -7,6 +7,7 @@ BPE (any text round-trips). The same texts give a byte-identical tokenizer.json.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter
@@ -180,10 +181,10 @@ def sample_texts(texts: Iterable[str], characters: int) -> list[str]:
 
 def _with_lowercase(tokenizer: Tokenizer) -> Tokenizer:
     inner = tokenizers.Tokenizer.from_str(tokenizer._bytes.decode("utf-8"))
-    if isinstance(inner.normalizer, normalizers.Lowercase):
+    present = json.loads(tokenizer._bytes).get("normalizer") or {"type": None}
+    if any(step["type"] == "Lowercase" for step in present.get("normalizers", [present])):
         return tokenizer
-    rest = [inner.normalizer] if inner.normalizer else []
-    inner.normalizer = normalizers.Sequence([_LOWERCASE, *rest])
+    inner.normalizer = normalizers.Sequence([_LOWERCASE, inner.normalizer]) if inner.normalizer else _LOWERCASE
     return Tokenizer(_json(inner))
 
 

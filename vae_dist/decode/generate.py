@@ -19,6 +19,8 @@ from vae_dist.model.vae import TextVAE
 
 PRIOR_STREAM = 3
 TOKEN_STREAM = 4
+# Dividing logits by less would overflow float32; the likeliest token has all the mass there anyway.
+_GREEDY_BELOW = 1e-6
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,10 @@ class Decoding:
     """How a token is chosen from the decoder's distribution.
 
     Attributes:
-        temperature: 0 is greedy; 1 is the model's own distribution.
+        temperature: 0 (or below 1e-6) is greedy; 1 is the model's own distribution.
         top_k: keep the k likeliest tokens; 0 is off.
-        top_p: keep the smallest set of likeliest tokens whose mass reaches p; 1 is off.
+        top_p: keep the smallest set of likeliest tokens whose mass reaches p, at least one; 1 is off. The mass is
+            taken before top_k.
         max_tokens: stop after so many tokens, end of sequence included.
         allow_unknown: let the model write <unk>; by default its mass goes to the other tokens.
     """
@@ -100,15 +103,15 @@ def generate(vae: TextVAE, z_BD: torch.Tensor, seeds: Sequence[int], decoding: D
 
 def _choose(logits_BV: torch.Tensor, seed_B: torch.Tensor, position: int, decoding: Decoding) -> torch.Tensor:
     """One token id per row: the likeliest, or the inverse CDF at the row's uniform number."""
-    if decoding.temperature == 0.0:
+    if decoding.temperature < _GREEDY_BELOW:
         return logits_BV.argmax(dim=-1)
     sorted_BV, id_BV = torch.sort(logits_BV / decoding.temperature, dim=-1, descending=True, stable=True)
     prob_BV = torch.softmax(sorted_BV, dim=-1)
     if decoding.top_k:
         prob_BV[:, decoding.top_k :] = 0.0
     if decoding.top_p < 1.0:
-        # A token stays while the mass before it is below p, so at least one always does.
-        prob_BV[prob_BV.cumsum(-1) - prob_BV >= decoding.top_p] = 0.0
+        # A token stays while the mass before it is below p; the likeliest stays for any p.
+        prob_BV[:, 1:][(prob_BV.cumsum(-1) - prob_BV)[:, 1:] >= decoding.top_p] = 0.0
     cumulative_BV = prob_BV.double().cumsum(-1)
     key = _KEY.to(logits_BV.device)
     uniform_B = philox_uniform(key, seed_B, torch.tensor(position, device=seed_B.device), stream=TOKEN_STREAM)

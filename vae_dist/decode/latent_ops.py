@@ -79,11 +79,14 @@ class TextModel:
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Spherical interpolation of direction with linear interpolation of length; a line for parallel vectors."""
+    """Spherical interpolation of direction with linear interpolation of length.
+
+    A line where there is no one great circle: for parallel vectors and from or to the origin.
+    """
     length_a, length_b = a.norm(), b.norm()
     cosine = (a @ b / (length_a * length_b).clamp(min=1e-12)).clamp(-1.0, 1.0)
     angle = torch.acos(cosine)
-    if float(angle.sin()) < 1e-4:
+    if float(angle.sin()) < 1e-4 or float(torch.minimum(length_a, length_b)) == 0.0:
         return torch.lerp(a, b, t)
     direction = (torch.sin((1 - t) * angle) * a / length_a + torch.sin(t * angle) * b / length_b) / angle.sin()
     return direction * torch.lerp(length_a, length_b, t)

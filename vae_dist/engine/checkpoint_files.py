@@ -60,17 +60,17 @@ def damage(path: Path) -> str | None:
     if not manifest.is_file():
         return "it has no manifest.json, so it was never finished"
     try:
-        entries = _read_json(manifest)["files"]
+        entries = [(e["name"], e["bytes"], e["xxh3_128"]) for e in _read_json(manifest)["files"]]
     except (ValueError, KeyError, TypeError):
         return "its manifest.json is not readable"
-    for entry in entries:
-        file = path / entry["name"]
+    for name, size, digest in entries:
+        file = path / name
         if not file.is_file():
-            return f"{entry['name']} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{entry['name']} has {file.stat().st_size} bytes, not {entry['bytes']}"
-        if hash_file(file) != entry["xxh3_128"]:
-            return f"{entry['name']} does not match its hash"
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        if hash_file(file) != digest:
+            return f"{name} does not match its hash"
     return None
 
 

@@ -131,38 +131,45 @@ def swapped_rec_per_seq(vae: TextVAE, split: Split, scores: Scores, *, seed: int
     cycle = permute(np.arange(count), count, mix(seed, 5))
     other = np.empty(count, dtype=np.int64)
     other[cycle] = np.roll(cycle, 1)
-    position = {int(number): row for row, number in enumerate(scores.number)}
     device = next(vae.parameters()).device
     rng = torch.tensor([seed, 0], dtype=torch.int64, device=device)
-    total = 0.0
+    was_training, total = vae.training, 0.0
+    vae.eval()
     with torch.no_grad():
-        for numbers, batch in _batches(split, seed, batch_sequences, None, 0, 1):
-            rows = [position[int(n)] for n in numbers if int(n) in position]
-            if len(rows) != len(numbers) or not rows:
-                continue
-            z_BD = torch.from_numpy(scores.z[other[rows]]).to(device)
-            total += float(vae(batch.to(device), rng, z_BD=z_BD).rec_KB[0].double().sum())
+        for start in range(0, count, _WINDOW_SEQUENCES):
+            for numbers, batch in _cut(split, scores.number[start : start + _WINDOW_SEQUENCES], batch_sequences, 0, 1):
+                rows = np.searchsorted(scores.number, numbers)
+                z_BD = torch.from_numpy(scores.z[other[rows]]).to(device)
+                total += float(vae(batch.to(device), rng, z_BD=z_BD).rec_KB[0].double().sum())
+    vae.train(was_training)
     return total / count
 
 
 def _batches(
     split: Split, seed: int, batch_sequences: int, max_sequences: int | None, rank: int, world_size: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """This rank's batches: (sequence numbers, padded batch), equally many on every rank.
-
-    Sequences are sorted by length within windows, so padding is small; ranks take turns, and a rank without
-    a batch in the last round gets one padding sequence, because ZeRO-3 needs every rank in every forward.
-    """
+    """This rank's batches of the split, or of a random `max_sequences` of it."""
     total = min(split.sequences, max_sequences or split.sequences)
     for start in range(0, total, _WINDOW_SEQUENCES):
         index = np.arange(start, min(start + _WINDOW_SEQUENCES, total), dtype=np.int64)
         numbers = permute(index, split.sequences, mix(seed, 6)) if total < split.sequences else index
-        sequences = gather(split, numbers, _BLOCK_SEQUENCES)
-        by_length = np.argsort(sequences.lengths, kind="stable")
-        cuts = [by_length[i : i + batch_sequences] for i in range(0, len(by_length), batch_sequences)]
-        for turn in range(0, len(cuts), world_size):
-            rows = cuts[turn + rank] if turn + rank < len(cuts) else by_length[:0]
-            yield numbers[rows], collate(sequences.take(rows), numbers[rows])
+        yield from _cut(split, numbers, batch_sequences, rank, world_size)
+
+
+def _cut(
+    split: Split, numbers: np.ndarray, batch_sequences: int, rank: int, world_size: int
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """This rank's batches of these sequences: (sequence numbers, padded batch), equally many on every rank.
+
+    Sequences are sorted by length, so padding is small; ranks take turns, and a rank without a batch in the last
+    round gets one padding sequence, because ZeRO-3 needs every rank in every forward.
+    """
+    sequences = gather(split, numbers, _BLOCK_SEQUENCES)
+    by_length = np.argsort(sequences.lengths, kind="stable")
+    cuts = [by_length[i : i + batch_sequences] for i in range(0, len(by_length), batch_sequences)]
+    for turn in range(0, len(cuts), world_size):
+        rows = cuts[turn + rank] if turn + rank < len(cuts) else by_length[:0]
+        yield numbers[rows], collate(sequences.take(rows), numbers[rows])
 
 
 def _scores(numbers: np.ndarray, batch: Batch, output: Any, importance_samples: int) -> Scores:

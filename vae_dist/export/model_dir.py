@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from vae_dist.config.schema import ModelConfig
 from vae_dist.data.tokenizer import Tokenizer
-from vae_dist.errors import ModelError
+from vae_dist.errors import DataError, ModelError
 from vae_dist.model.vae import TextVAE
 
 FORMAT_VERSION = 1
+_KEYS = ("model", "vocab_size", "max_tokens", "tokenizer_sha256", "weights_sha256", "provenance")
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "card.md")
 
 
@@ -70,6 +71,7 @@ def write_model(
         "vocab_size": tokenizer.vocab_size,
         "max_tokens": max_tokens,
         "tokenizer_sha256": tokenizer.sha256,
+        "weights_sha256": hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest(),
         "provenance": provenance,
     }
     (path / "card.md").write_text(_card(info), encoding="utf-8")
@@ -86,15 +88,20 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     """
     path = find_model_dir(Path(path))
     info = _read_info(path / "config.json")
-    tokenizer = Tokenizer.load(path / "tokenizer.json")
+    try:
+        tokenizer = Tokenizer.load(path / "tokenizer.json")
+    except DataError as error:
+        raise ModelError(f"{path} has no usable tokenizer.json: {error.message} Or export the model again.") from None
     if tokenizer.sha256 != info["tokenizer_sha256"]:
         raise ModelError(f"{path}/tokenizer.json is not the tokenizer this model was trained with. Export it again.")
+    digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    if digest != info["weights_sha256"]:
+        raise ModelError(f"{path}/model.safetensors is damaged: its hash is not the one in config.json. Export it again.")
     try:
         vae = TextVAE(ModelConfig.model_validate(info["model"]), info["vocab_size"])
         vae.load_state_dict(load_file(path / "model.safetensors"))
     except (SafetensorError, RuntimeError, ValidationError, OSError) as error:
         raise ModelError(f"{path} cannot be loaded: {str(error).splitlines()[0]} Export it again.") from None
-    digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
     return LoadedModel(path, vae.to(device).eval(), tokenizer, info, digest)
 
 
@@ -127,6 +134,9 @@ def _read_info(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not readable as a model description. Export the model again.") from None
     if version != FORMAT_VERSION:
         raise ModelError(f"{path} has format version {version}; this vae_dist reads {FORMAT_VERSION}. Upgrade it.")
+    lacking = [key for key in _KEYS if key not in info]
+    if lacking:
+        raise ModelError(f"{path} lacks {', '.join(lacking)}. Export the model again.")
     return info
 
 

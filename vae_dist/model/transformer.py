@@ -20,12 +20,13 @@ KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def rotate(x_BNTK: torch.Tensor, position_T: torch.Tensor) -> torch.Tensor:
-    """Apply rotary positions to queries or keys, in fp32; the halves of a head are paired."""
+    """Apply rotary positions to queries or keys, in fp32 or wider; the halves of a head are paired."""
     half = x_BNTK.shape[-1] // 2
     frequency_K = _ROTARY_BASE ** (-torch.arange(half, device=x_BNTK.device, dtype=torch.float32) / half)
     angle_TK = position_T.float()[:, None] * frequency_K
     cos_TK, sin_TK = angle_TK.cos(), angle_TK.sin()
-    first, second = x_BNTK.float().split(half, dim=-1)
+    wide = torch.promote_types(x_BNTK.dtype, torch.float32)
+    first, second = x_BNTK.to(wide).split(half, dim=-1)
     turned = torch.cat([first * cos_TK - second * sin_TK, second * cos_TK + first * sin_TK], dim=-1)
     return turned.to(x_BNTK.dtype)
 

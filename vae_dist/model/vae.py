@@ -100,9 +100,10 @@ class TextVAE(nn.Module):
         return VaeOutput(weighted[0], torch.stack(rec), latent, mean_BD, logvar_BD)
 
     def encode(self, tokens_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance of q(z | x), float32 [B, D] each."""
-        pooled = self.encoder(self.dropout(self.embedding(tokens_BT)), lengths_B)
-        mean_BD, logvar_BD = self.posterior(pooled).float().chunk(2, dim=-1)
+        """Mean and log-variance of q(z | x), float32 (float64 in a float64 model) [B, D] each."""
+        parameters = self.posterior(self.encoder(self.dropout(self.embedding(tokens_BT)), lengths_B))
+        wide = torch.promote_types(parameters.dtype, torch.float32)
+        mean_BD, logvar_BD = parameters.to(wide).chunk(2, dim=-1)
         return mean_BD, logvar_BD
 
     def step(

@@ -1,0 +1,5 @@
+"""Tiny tensors on shared cores: threads would only wait for each other."""
+
+import torch
+
+torch.set_num_threads(1)
