@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from support import SHARED_DATA, Finished, RayCluster, answers, corpus, free_port, run_command, wait_for
 
 

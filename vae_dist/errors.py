@@ -36,11 +36,11 @@ class ModelError(VaeDistError):
     """A model directory is missing, incomplete or damaged, or was asked for something it cannot do."""
 
 
-class EnvironmentProblem(VaeDistError):
+class MachineError(VaeDistError):
     """The machine or cluster lacks something the run needs: a compiler, a package, free resources, a token."""
 
 
-class RunFailed(VaeDistError):
+class RunError(VaeDistError):
     """The run was started correctly and failed."""
 
     exit_status = 1

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
 from support import ROOT, TINY, free_port, start_command
+
 from vae_dist.config.load import load_config
 from vae_dist.data.batch import collate
 from vae_dist.data.dataset import Dataset
@@ -24,12 +24,17 @@ from vae_dist.model.vae import TextVAE
 from vae_dist.objective.elbo import NegativeElbo
 from vae_dist.objective.schedule import beta_at
 
-COMMON = (*TINY, "objective.free_bits_nats_per_dim=0.05", "optimizer.gradient_clip_norm=0.0", "model.word_dropout=0.2")
+COMMON = (
+    *TINY,
+    "data.prepare.max_tokens=16",
+    "objective.free_bits_nats_per_dim=0.05",
+    "optimizer.gradient_clip_norm=0.0",
+    "model.word_dropout=0.2",
+)
 # Token budgets that give a rank 1, 2 and up to 4 micro-batches of unequal size.
 BUDGETS = {"whole": None, "halves": 110, "quarters": 60}
 CASES = {
     f"zero{stage}-{name}": [*COMMON, f"cluster.zero_stage={stage}", f"train.micro_batch_tokens={budget or 'null'}"]
-    + ["data.prepare.max_tokens=16"]
     for stage in range(4)
     for name, budget in BUDGETS.items()
 }

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from support import TINY, Finished, RayCluster, start_command, wait_for
 
 STEPS = 50
@@ -210,7 +209,10 @@ def test_damaged_checkpoint_falls_back_and_says_so(
 def test_transformer_trains_under_zero_three(
     train: Callable[..., Finished], settings: list[str], storage: Path
 ) -> None:
-    parts = [f"model.{side}={{kind: transformer, hidden_dim: 32, num_layers: 2, num_heads: 2}}" for side in ("encoder", "decoder")]
+    parts = [
+        f"model.{side}={{kind: transformer, hidden_dim: 32, num_layers: 2, num_heads: 2}}"
+        for side in ("encoder", "decoder")
+    ]
     common = [*settings, *parts, "train.steps=20", "evaluate.every_steps=20"]
     for stage in (1, 3):
         done = train(
@@ -235,7 +237,9 @@ def test_bf16_agrees_with_fp32(
 
 def test_too_many_workers_is_one_clear_message(train: Callable[..., Finished], settings: list[str]) -> None:
     done = train(*settings, "run.name=many", "cluster.workers=8", timeout=60)
-    assert done.status == 2 and "8 workers" in done.err and "has 4" in done.err and "Traceback" not in done.err, done.err
+    assert done.status == 2 and "8 workers" in done.err and "has 4" in done.err and "Traceback" not in done.err, (
+        done.err
+    )
 
 
 def test_other_configuration_in_the_run_directory(
@@ -251,7 +255,5 @@ def test_missing_compiler_is_named(train: Callable[..., Finished], settings: lis
         for tool in Path(folder).iterdir():
             if not tool.name.endswith("g++") and "g++-" not in tool.name and not (tmp_path / tool.name).is_symlink():
                 (tmp_path / tool.name).symlink_to(tool)
-    done = train(
-        *settings, "run.name=nocompiler", environment={"PATH": str(tmp_path), "RAY_ADDRESS": ""}, timeout=120
-    )
+    done = train(*settings, "run.name=nocompiler", environment={"PATH": str(tmp_path), "RAY_ADDRESS": ""}, timeout=120)
     assert done.status == 2 and "needs g++" in done.err and "Traceback" not in done.err, done.err

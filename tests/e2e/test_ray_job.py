@@ -7,7 +7,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-
 from support import ROOT, TINY, RayCluster, run_command
 
 ENTRY = ["python", "-m", "vae_dist.train"]

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from support import ROOT, TINY, RayCluster, corpus
 
 # Run in tests of their own, because they install, serve or submit.

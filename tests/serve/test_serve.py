@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-
 from support import RayCluster, free_port, start_command, wait_for
+
 from vae_dist.config.schema import LstmConfig, ModelConfig
 from vae_dist.data.dataset import Dataset
 from vae_dist.decode.generate import Decoding
@@ -123,9 +123,7 @@ def test_bad_requests_are_refused_with_a_reason(client: httpx.Client, path: str,
 
 
 def test_nan_is_refused(client: httpx.Client) -> None:
-    answer = client.post(
-        "/v1/sample", content=b'{"temperature": NaN}', headers={"content-type": "application/json"}
-    )
+    answer = client.post("/v1/sample", content=b'{"temperature": NaN}', headers={"content-type": "application/json"})
     assert answer.status_code == 422, answer.text
 
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from vae_kernels import philox_uniform
 
 from vae_dist.config.schema import LstmConfig, ModelConfig, PrepareConfig, TransformerConfig
 from vae_dist.data.batch import BOS_ID, EOS_ID, PAD_ID, UNK_ID
@@ -21,6 +20,7 @@ from vae_dist.decode.generate import TOKEN_STREAM, Decoding, generate, prior_lat
 from vae_dist.decode.latent_ops import TextModel, score_texts, slerp
 from vae_dist.errors import DataError
 from vae_dist.model.vae import TextVAE
+from vae_kernels import philox_uniform
 
 WORDS = [f"w{i:02d}" for i in range(30)]
 GREEDY = Decoding(temperature=0.0, max_tokens=12)
@@ -83,7 +83,9 @@ def test_tokens_follow_the_distribution_by_inverse_cdf(options: dict[str, Any]) 
     tokens = draws(LOGITS, count, **options)
     assert set(tokens) <= set(distribution)
     # Exactly: the token at each row's own uniform number, except within rounding of a border.
-    uniform = philox_uniform(torch.zeros(2, dtype=torch.int64), torch.arange(count), torch.tensor(0), stream=TOKEN_STREAM)
+    uniform = philox_uniform(
+        torch.zeros(2, dtype=torch.int64), torch.arange(count), torch.tensor(0), stream=TOKEN_STREAM
+    )
     borders = np.cumsum(list(distribution.values()))
     expected = np.array(list(distribution))[np.searchsorted(borders[:-1], uniform.numpy(), side="right")]
     clear = np.abs(uniform.numpy()[:, None] - borders).min(axis=1) > 1e-5
@@ -93,7 +95,10 @@ def test_tokens_follow_the_distribution_by_inverse_cdf(options: dict[str, Any]) 
         wanted = [count * p for p in distribution.values()]
         enough = [i for i, w in enumerate(wanted) if w >= 5]
         rest = [[sum(c) - sum(c[i] for i in enough)] for c in (observed, wanted)]
-        table = [[c[i] for i in enough] + (r if rest[1][0] > 1 else []) for c, r in zip((observed, wanted), rest, strict=True)]
+        table = [
+            [c[i] for i in enough] + (r if rest[1][0] > 1 else [])
+            for c, r in zip((observed, wanted), rest, strict=True)
+        ]
         statistic = sum((o - w) ** 2 / w for o, w in zip(*table, strict=True))
         assert statistic < stats.chi2.isf(1e-6, len(table[0]) - 1)
 
@@ -154,7 +159,10 @@ def test_a_finished_row_stays_finished_while_others_go_on() -> None:
 
 def text_model(decoder: str = "lstm", injection: str = "both", seed: int = 0) -> TextModel:
     tokenizer = build_tokenizer([" ".join(WORDS)], PrepareConfig(tokenizer="word", vocab_size=64))
-    parts = {"lstm": LstmConfig(hidden_dim=16), "transformer": TransformerConfig(hidden_dim=16, num_layers=2, num_heads=2)}
+    parts = {
+        "lstm": LstmConfig(hidden_dim=16),
+        "transformer": TransformerConfig(hidden_dim=16, num_layers=2, num_heads=2),
+    }
     config = ModelConfig(
         embedding_dim=12, latent_dim=6, dropout=0.2, injection=injection, encoder=parts["lstm"], decoder=parts[decoder]
     )
@@ -243,7 +251,9 @@ def test_prior_latents_are_standard_normal_and_depend_on_their_seed_alone() -> N
 
 def test_latent_and_token_noise_are_independent() -> None:
     z = prior_latents(range(4000), 1)[:, 0].numpy()
-    uniform = philox_uniform(torch.zeros(2, dtype=torch.int64), torch.arange(4000), torch.tensor(0), stream=TOKEN_STREAM)
+    uniform = philox_uniform(
+        torch.zeros(2, dtype=torch.int64), torch.arange(4000), torch.tensor(0), stream=TOKEN_STREAM
+    )
     assert abs(np.corrcoef(z, uniform.numpy())[0, 1]) < 5 / 4000**0.5
 
 

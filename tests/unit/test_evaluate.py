@@ -11,13 +11,13 @@ import pytest
 import torch
 from scipy import stats
 from torch import nn
-from vae_kernels import gaussian_rsample_kl
 
 from vae_dist.data.batch import EOS_ID, Batch
 from vae_dist.data.sequences import Sequences
 from vae_dist.evaluate.latent import active_units, kl_per_dim, mutual_information, variance_of_mean
 from vae_dist.evaluate.likelihood import Scores, score_split, summarise, swapped_rec_per_seq
 from vae_dist.model.vae import VaeOutput
+from vae_kernels import gaussian_rsample_kl
 
 LATENT, NOISE = 3, 0.8
 
@@ -102,7 +102,9 @@ class LinearGaussian(nn.Module):
 
     def __init__(self, longest: int = 12) -> None:
         super().__init__()
-        self.register_parameter("a", nn.Parameter(torch.randn(longest, LATENT, generator=torch.manual_seed(0)).double()))
+        self.register_parameter(
+            "a", nn.Parameter(torch.randn(longest, LATENT, generator=torch.manual_seed(0)).double())
+        )
         self.calls: list[tuple[np.ndarray, torch.Tensor | None]] = []
         self.modes: list[bool] = []
 

@@ -56,10 +56,7 @@ def slow_kneser_ney(corpus: Corpus, vocab_size: int, context: int) -> dict[int, 
     total, d = sum(after.values()), discount(list(pairs.values()))
     if not total:
         return lower
-    return {
-        w: max(after.get(w, 0) - d, Fraction(0)) / total + d * len(after) / total * p
-        for w, p in lower.items()
-    }
+    return {w: max(after.get(w, 0) - d, Fraction(0)) / total + d * len(after) / total * p for w, p in lower.items()}
 
 
 def distribution(model: KneserNeyBigram | Unigram, context: int, vocab_size: int) -> np.ndarray:
@@ -168,9 +165,7 @@ def test_a_large_vocabulary_needs_no_square_matrix_and_no_32_bit_key_overflows()
     assert p.argmax() == tokens[-1]
 
 
-@pytest.mark.skipif(
-    not (DATA / "ptb" / "train.txt").exists(), reason=f"no PTB in {DATA}/ptb (set VAE_DIST_DATA)"
-)
+@pytest.mark.skipif(not (DATA / "ptb" / "train.txt").exists(), reason=f"no PTB in {DATA}/ptb (set VAE_DIST_DATA)")
 def test_ptb_perplexity_is_the_published_one() -> None:
     ids = {"<pad>": PAD, "<s>": BOS, "</s>": EOS}
     splits = {}

@@ -192,7 +192,9 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     parts = []
     for rows in ([0, 1], [2], [3, 4]):
         tokens = [whole.tokens_BT[r, : whole.lengths_B[r]].numpy() for r in rows]
-        parts.append(objective(collate(Sequences.from_list(tokens), np.array(rows) + 10), RNG, scalar(0.5), scalar(0.2)))
+        parts.append(
+            objective(collate(Sequences.from_list(tokens), np.array(rows) + 10), RNG, scalar(0.5), scalar(0.2))
+        )
     summed = ElboTerms(*(sum(values) for values in zip(*(p[1] for p in parts), strict=True)))
     for name, value in terms._asdict().items():
         torch.testing.assert_close(getattr(summed, name), value, msg=name)

@@ -25,7 +25,7 @@ from vae_dist.data.claim import MARKER
 from vae_dist.data.dataset import Dataset, Split
 from vae_dist.data.lengths import fit_length
 from vae_dist.data.prepare import prepare, prepare_cached, split_of
-from vae_dist.errors import DataError, EnvironmentProblem
+from vae_dist.errors import DataError, MachineError
 
 ROOT = Path(__file__).resolve().parents[2]
 PTB = Path(os.environ.get("VAE_DIST_DATA", ROOT / "../shared/data")).resolve() / "ptb"
@@ -277,7 +277,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "write_tables", full)
-    with pytest.raises(EnvironmentProblem, match="No space left on device"):
+    with pytest.raises(MachineError, match="No space left on device"):
         prepare(corpus(tmp_path, numbered(50)), tmp_path / "out", word())
 
 

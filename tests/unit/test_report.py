@@ -290,12 +290,7 @@ def test_a_run_that_went_wrong_still_has_a_page() -> None:
     page = Page(render_report(report))
     assert page.text.count("no finite values") == 10
     assert "n/a" in page.text
-    drawn = [
-        v
-        for _, a in page.elements
-        for name, v in a.items()
-        if name in ("x", "y", "width", "height", "points")
-    ]
+    drawn = [v for _, a in page.elements for name, v in a.items() if name in ("x", "y", "width", "height", "points")]
     assert not any("nan" in v or "inf" in v for v in drawn)
 
 
@@ -354,9 +349,7 @@ def test_a_missing_optional_key_leaves_its_section_out(key: str) -> None:
 
 def test_the_smallest_report_has_only_what_it_was_given() -> None:
     headline = {"run_dir": "/runs/x", "steps": 3, "valid": {}, "baselines": {}}
-    page = Page(
-        render_report({"title": "small", "headline": headline, "curves": {"train": TRAIN, "valid": []}})
-    )
+    page = Page(render_report({"title": "small", "headline": headline, "curves": {"train": TRAIN, "valid": []}}))
     headings = (
         "Latent space",
         "Text",
@@ -368,17 +361,13 @@ def test_the_smallest_report_has_only_what_it_was_given() -> None:
         "Next",
     )
     assert not any(heading in page.text for heading in headings)
-    assert "3 steps" in page.text and "Perplexity" not in page.text.replace(
-        "reconstruction and perplexity", ""
-    )
+    assert "3 steps" in page.text and "Perplexity" not in page.text.replace("reconstruction and perplexity", "")
     Page(render_report({"title": "no curves", "headline": {}, "curves": {}}))
 
 
 def test_missing_required_and_unknown_keys_are_all_named() -> None:
     assert {"title", "headline", "curves"} == REQUIRED
-    with pytest.raises(
-        ValueError, match="'curves' is missing; .*'headline' is missing; key 'sampels' is not known"
-    ):
+    with pytest.raises(ValueError, match=r"'curves' is missing; .*'headline' is missing; key 'sampels' is not known"):
         render_report({"title": "x", "sampels": {}})
 
 

@@ -37,9 +37,7 @@ def test_one_hash_a_distinct_sequence_in_eight_bytes_sorted() -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int64, ">u2"])
 def test_hash_does_not_depend_on_the_dtype_of_the_ids(dtype: str) -> None:
-    np.testing.assert_array_equal(
-        sequence_hashes(TOKENS.astype(dtype), OFFSETS), sequence_hashes(TOKENS, OFFSETS)
-    )
+    np.testing.assert_array_equal(sequence_hashes(TOKENS.astype(dtype), OFFSETS), sequence_hashes(TOKENS, OFFSETS))
 
 
 def test_ids_beyond_16_bits_are_told_apart() -> None:

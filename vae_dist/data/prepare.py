@@ -29,7 +29,7 @@ from vae_dist.data.shards import ShardWriter, payload_schema
 from vae_dist.data.sources import Source, open_source
 from vae_dist.data.tables import write_json, write_manifest, write_tables
 from vae_dist.data.tokenizer import TRAINED_KINDS, Tokenizer, build_tokenizer, lowercase
-from vae_dist.errors import DataError, EnvironmentProblem
+from vae_dist.errors import DataError, MachineError
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,7 @@ def prepare(source_name: str, out_dir: Path, options: PrepareConfig, cache_dir: 
                 try:
                     _write(source, out_dir, options, origin)
                 except OSError as error:
-                    raise EnvironmentProblem(
-                        f"{out_dir} cannot be written: {error}. Make room or choose another."
-                    ) from None
+                    raise MachineError(f"{out_dir} cannot be written: {error}. Make room or choose another.") from None
                 return _report(Dataset.open(out_dir))
     return _open_finished(out_dir, origin)
 

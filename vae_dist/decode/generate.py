@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from vae_kernels import gaussian_rsample_kl, philox_uniform
 
 from vae_dist.data.batch import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from vae_dist.model.vae import TextVAE
+from vae_kernels import gaussian_rsample_kl, philox_uniform
 
 PRIOR_STREAM = 3
 TOKEN_STREAM = 4
@@ -79,15 +80,16 @@ def generate(vae: TextVAE, z_BD: torch.Tensor, seeds: Sequence[int], decoding: D
     seed_B = torch.tensor(list(seeds), dtype=torch.int64, device=device)
     banned = [PAD_ID, BOS_ID] + ([] if decoding.allow_unknown else [UNK_ID])
     token_B = torch.full((count,), BOS_ID, dtype=torch.int64, device=device)
-    state = vae.decoder.start(z_BD, decoding.max_tokens)
+    state: Any = vae.decoder.start(z_BD, decoding.max_tokens)
     log_prob_B = torch.zeros(count, device=device)
     done_B = torch.zeros(count, dtype=torch.bool, device=device)
     columns = []
     for position in range(decoding.max_tokens):
         logits_BV, state = vae.step(token_B, z_BD, state, position)
         log_prob_BV = torch.log_softmax(logits_BV, dim=-1)
-        chosen_B = _choose(logits_BV.index_fill(1, torch.tensor(banned, device=device), -torch.inf),
-                           seed_B, position, decoding)
+        chosen_B = _choose(
+            logits_BV.index_fill(1, torch.tensor(banned, device=device), -torch.inf), seed_B, position, decoding
+        )
         token_B = torch.where(done_B, PAD_ID, chosen_B)
         log_prob_B += torch.where(done_B, 0.0, log_prob_BV.gather(1, chosen_B[:, None])[:, 0])
         columns.append(token_B)

@@ -62,8 +62,10 @@ class TextModel:
         """Texts as a padded batch; a text longer than `max_tokens` keeps its start and its end of sequence."""
         encoded = self.tokenizer.encode_batch(list(texts))
         truncated = [len(ids) > self.max_tokens for ids in encoded]
-        kept = [np.append(ids[: self.max_tokens - 1], ids[-1]) if cut else ids
-                for ids, cut in zip(encoded, truncated, strict=True)]
+        kept = [
+            np.append(ids[: self.max_tokens - 1], ids[-1]) if cut else ids
+            for ids, cut in zip(encoded, truncated, strict=True)
+        ]
         for text, ids in zip(texts, kept, strict=True):
             if len(ids) < 2:
                 raise DataError(f"The text {text!r} holds no token. Give at least one word.")

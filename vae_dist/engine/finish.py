@@ -33,6 +33,7 @@ from vae_dist.observe.versions import versions
 # Beyond this the n-gram models and the verbatim check read the first part of the training split only.
 _BASELINE_TOKENS = 20_000_000
 _SHOWN_RECONSTRUCTIONS = 8
+_BATCH_SEQUENCES = 64
 _INTERPOLATION_STEPS = 7
 
 HEADLINE_METRICS = (
@@ -85,8 +86,11 @@ def _compose(
         "samples": _samples(plan, model, train_tokens, offsets),
         "counts": {
             "parameters": count_parameters(model.vae),
-            **{f"{name}_{unit}": getattr(dataset.split(name), unit)
-               for name in dataset.splits for unit in ("sequences", "tokens")},
+            **{
+                f"{name}_{unit}": getattr(dataset.split(name), unit)
+                for name in dataset.splits
+                for unit in ("sequences", "tokens")
+            },
         },
         "config_yaml": dump_yaml(plan.config),
         "versions": versions(),
@@ -119,11 +123,11 @@ def _compose(
 
 def _evaluate(plan: RunPlan, dataset: Dataset, model: TextModel, report: dict[str, Any]) -> dict[str, Any]:
     """Evaluate on the whole validation split; adds the report's sections on latent and reconstruction."""
-    split, settings = dataset.split("valid"), {"seed": plan.config.train.seed, "batch_sequences": 64}
-    scores = score_split(model.vae, split, **settings)
+    split, seed = dataset.split("valid"), plan.config.train.seed
+    scores = score_split(model.vae, split, seed=seed, batch_sequences=_BATCH_SEQUENCES)
     assert scores is not None
     valid = summarise(scores)
-    swapped = swapped_rec_per_seq(model.vae, split, scores, **settings)
+    swapped = swapped_rec_per_seq(model.vae, split, scores, seed=seed, batch_sequences=_BATCH_SEQUENCES)
     report["kl_per_dim"] = valid["kl_per_dim"]
     report["active_unit_threshold"] = ACTIVE_UNIT_THRESHOLD
     report["variance_of_posterior_mean_per_dim"] = variance_of_mean(scores.mean).tolist()

@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from vae_kernels import resolve_backend
 
 from vae_dist.config.schema import Config
 from vae_dist.data.dataset import Dataset
@@ -22,13 +21,14 @@ from vae_dist.engine.plan import RunPlan, order_spec
 from vae_dist.engine.precision import autocast_dtype
 from vae_dist.engine.step import TrainStep
 from vae_dist.engine.zero import build_engine, full_weights, optimizer_state_elements, require_compiler
-from vae_dist.errors import EnvironmentProblem, RunFailed
+from vae_dist.errors import MachineError, RunError
 from vae_dist.evaluate.likelihood import score_split, summarise
 from vae_dist.model.vae import TextVAE, count_parameters
 from vae_dist.objective.elbo import NegativeElbo
 from vae_dist.objective.schedule import beta_at, learning_rate_at
 from vae_dist.observe.metrics import MetricsWriter
 from vae_dist.observe.window import MetricsWindow
+from vae_kernels import resolve_backend
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def train(plan: RunPlan, device: torch.device, should_stop: Callable[[], bool]) 
         dist.get_world_size(),
     )
     train_step, stopped = TrainStep(engine, config, plan.total_steps), False
-    shares = stream.shares(step, plan.total_steps)
-    for share in shares:
+    for share in stream.shares(step, plan.total_steps):
         batches, stopped = train_step.batches(share, should_stop())
         if stopped:
             break
@@ -70,7 +69,6 @@ def train(plan: RunPlan, device: torch.device, should_stop: Callable[[], bool]) 
         if "valid" in dataset.splits and (last or step % plan.evaluate_every == 0):
             _validate(metrics, plan, step, engine, dataset)
             window.skip_time()
-    shares.close()
     if stopped:
         _save(metrics, plan, step, window, engine)
     weights = full_weights(engine)
@@ -108,7 +106,7 @@ def _require_backend(kernels: str, device: torch.device) -> None:
     try:
         resolve_backend(kernels, torch.empty(0, device=device))
     except RuntimeError as error:
-        raise EnvironmentProblem(f"train.kernels = {kernels}: {error}") from None
+        raise MachineError(f"train.kernels = {kernels}: {error}") from None
 
 
 def _open_metrics(plan: RunPlan, step: int, engine: Any) -> MetricsWriter | None:
@@ -167,7 +165,7 @@ def _save(metrics: MetricsWriter | None, plan: RunPlan, step: int, window: Metri
 
 def _require_finite(loss: float, plan: RunPlan, step: int) -> None:
     if not math.isfinite(loss):
-        raise RunFailed(
+        raise RunError(
             f"The loss is not finite at step {step} ({loss}). The newest checkpoint in "
             f"{plan.run_dir / 'checkpoints'} is from before. Lower optimizer.learning_rate or "
             "optimizer.gradient_clip_norm and train under another run.name."

@@ -49,7 +49,7 @@ class TrainStep:
             loss, terms = engine(batch, rng, beta, scale)
             # The loss is normalised already (see loss_scale).
             engine.backward(loss, scale_wrt_gas=False)
-            sums = terms if sums is None else ElboTerms(*(a + b for a, b in zip(sums, terms, strict=True)))
+            sums = terms if sums is None else sums.plus(terms)
         engine.step()
         assert sums is not None
         return sums

@@ -27,7 +27,7 @@ from torch import nn
 
 from vae_dist.config.schema import OptimizerConfig
 from vae_dist.engine.checkpoint_files import NamedState
-from vae_dist.errors import EnvironmentProblem
+from vae_dist.errors import MachineError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,13 +36,13 @@ def require_compiler() -> None:
     """DeepSpeed compiles its communication extension when it starts on CPUs; say early what that needs.
 
     Raises:
-        EnvironmentProblem: g++ or ninja is not on PATH.
+        MachineError: g++ or ninja is not on PATH.
     """
     # In a virtual environment that is not activated, ninja lies beside Python and not on PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     for tool, remedy in (("g++", "apt-get install g++"), ("ninja", "pip install ninja, or activate .venv")):
         if shutil.which(tool) is None:
-            raise EnvironmentProblem(
+            raise MachineError(
                 f"DeepSpeed needs {tool} to compile an extension, and it is not on PATH of {socket.gethostname()}. "
                 f"Run: {remedy}."
             )
@@ -127,7 +127,8 @@ def optimizer_state_elements(engine: deepspeed.DeepSpeedEngine) -> int:
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices only; embeddings count as biases do: a rare token must not fade away."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in module.parameters():
         (plain if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -36,9 +36,7 @@ class LanguageModel(ABC):
         if bos_id is not None:
             self._predictable_V[bos_id] = False
         if not self._predictable_V.any():
-            raise DataError(
-                f"all {vocab_size} ids of the vocabulary are excluded: there is nothing to predict"
-            )
+            raise DataError(f"all {vocab_size} ids of the vocabulary are excluded: there is nothing to predict")
 
     @abstractmethod
     def probability(self, context_N: np.ndarray, token_N: np.ndarray) -> np.ndarray:
@@ -102,9 +100,7 @@ class KneserNeyBigram(LanguageModel):
     itself interpolated with the uniform distribution. After an unseen context p(w | v) = p1(w).
     """
 
-    def __init__(
-        self, sequences: Sequences, vocab_size: int, *, bos_id: int, excluded_ids: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, sequences: Sequences, vocab_size: int, *, bos_id: int, excluded_ids: Sequence[int] = ()) -> None:
         super().__init__(vocab_size, excluded_ids, bos_id)
         context_N, token_N = self._pairs(sequences)
         self._bigram_C, count_C = np.unique(context_N * vocab_size + token_N, return_counts=True)

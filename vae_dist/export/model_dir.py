@@ -1,9 +1,9 @@
 """The model directory: all that eval, sample and serve read. Weights in safetensors, the rest in JSON.
 
-    model.safetensors   float32 weights by name
-    config.json         format version, model configuration, vocabulary size, maximum length, provenance
-    tokenizer.json      Hugging Face `tokenizers` file
-    card.md             what the model is, for people
+model.safetensors   float32 weights by name
+config.json         format version, model configuration, vocabulary size, maximum length, provenance
+tokenizer.json      Hugging Face `tokenizers` file
+card.md             what the model is, for people
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def write_model(
         "vocab_size": tokenizer.vocab_size,
         "max_tokens": max_tokens,
         "tokenizer_sha256": tokenizer.sha256,
-        "weights_sha256": hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest(),
+        "weights_sha256": _sha256(path / "model.safetensors"),
         "provenance": provenance,
     }
     (path / "card.md").write_text(_card(info), encoding="utf-8")
@@ -90,13 +90,15 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     info = _read_info(path / "config.json")
     try:
         tokenizer = Tokenizer.load(path / "tokenizer.json")
-    except DataError as error:
-        raise ModelError(f"{path} has no usable tokenizer.json: {error.message} Or export the model again.") from None
+    except DataError:
+        raise ModelError(f"{path}/tokenizer.json is missing or damaged. Export the model again.") from None
     if tokenizer.sha256 != info["tokenizer_sha256"]:
         raise ModelError(f"{path}/tokenizer.json is not the tokenizer this model was trained with. Export it again.")
-    digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    digest = _sha256(path / "model.safetensors")
     if digest != info["weights_sha256"]:
-        raise ModelError(f"{path}/model.safetensors is damaged: its hash is not the one in config.json. Export it again.")
+        raise ModelError(
+            f"{path}/model.safetensors is damaged: its hash is not the one in config.json. Export it again."
+        )
     try:
         vae = TextVAE(ModelConfig.model_validate(info["model"]), info["vocab_size"])
         vae.load_state_dict(load_file(path / "model.safetensors"))
@@ -138,6 +140,11 @@ def _read_info(path: Path) -> dict[str, Any]:
     if lacking:
         raise ModelError(f"{path} lacks {', '.join(lacking)}. Export the model again.")
     return info
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _card(info: dict[str, Any]) -> str:

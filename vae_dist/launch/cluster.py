@@ -9,7 +9,7 @@ import ray
 
 from vae_dist.config.checks import worker_problem
 from vae_dist.config.schema import Config
-from vae_dist.errors import ConfigError, EnvironmentProblem
+from vae_dist.errors import ConfigError, MachineError
 
 _DEFAULT_CPU_WORKERS = 2
 _LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
@@ -47,7 +47,7 @@ def size_worker_group(config: Config) -> WorkerGroup:
 
     Raises:
         ConfigError: the number of workers does not divide the canonical streams.
-        EnvironmentProblem: the cluster has too few CPUs or GPUs.
+        MachineError: the cluster has too few CPUs or GPUs.
     """
     total = ray.cluster_resources()
     gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
@@ -57,12 +57,12 @@ def size_worker_group(config: Config) -> WorkerGroup:
         raise ConfigError(problem)
     cpus_per_worker = config.cluster.cpus_per_worker or max(1, cpus // workers)
     if gpus and workers > gpus:
-        raise EnvironmentProblem(
+        raise MachineError(
             f"cluster.workers = {workers}, but the Ray cluster has {gpus} GPUs and each worker needs one. Use "
             f"cluster.workers={gpus} or fewer, or add nodes."
         )
     if workers * cpus_per_worker > cpus:
-        raise EnvironmentProblem(
+        raise MachineError(
             f"{workers} workers with {cpus_per_worker} CPUs each need {workers * cpus_per_worker} CPUs, but the Ray "
             f"cluster has {cpus}. Lower cluster.workers or cluster.cpus_per_worker, or add nodes."
         )

@@ -15,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from vae_dist.engine.plan import RunPlan
-from vae_dist.errors import RunFailed, VaeDistError
+from vae_dist.errors import RunError, VaeDistError
 from vae_dist.launch.cluster import WorkerGroup
 from vae_dist.launch.stop import StopFlag, StopPoller, signals_to
 from vae_dist.observe.metrics import read_metrics
@@ -37,9 +37,9 @@ def fit(plan: RunPlan, group: WorkerGroup) -> Outcome:
 
     Raises:
         VaeDistError: what a worker raised for the user.
-        RunFailed: any other failure, with where to look.
+        RunError: any other failure, with where to look.
     """
-    flag = StopFlag.remote()
+    flag = StopFlag.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"plan": plan, "flag": flag, "threads": group.cpus_per_worker},
@@ -127,7 +127,7 @@ def _plain(error: BaseException, plan: RunPlan) -> BaseException:
                 return cause
             cause = getattr(cause, "cause", None) or cause.__cause__
     first = str(next(iter(failures), error)).strip()
-    return RunFailed(
+    return RunError(
         f"The training workers failed:\n{first}\nThe run is in {plan.run_dir}; the same command resumes it from its "
         "newest checkpoint."
     )

@@ -48,9 +48,7 @@ class LstmDecoder(nn.Module):
     input weights are linear, for D <= E). `memory`: h0 = tanh(W z), c0 = W z (He et al. 2019).
     """
 
-    def __init__(
-        self, config: LstmConfig, embedding_dim: int, latent_dim: int, injection: str, dropout: float
-    ) -> None:
+    def __init__(self, config: LstmConfig, embedding_dim: int, latent_dim: int, injection: str, dropout: float) -> None:
         super().__init__()
         inner = dropout if config.num_layers > 1 else 0.0
         self.lstm = nn.LSTM(embedding_dim, config.hidden_dim, config.num_layers, batch_first=True, dropout=inner)

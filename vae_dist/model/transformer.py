@@ -74,7 +74,7 @@ class _Stack(nn.Module):
         self.input = nn.Linear(embedding_dim, config.hidden_dim, bias=False)
         self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_dim)
-        self.output_dim = config.hidden_dim
+        self.output_dim, self.num_heads = config.hidden_dim, config.num_heads
         self.recompute = recompute
 
     def run(self, x_BTW: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
@@ -128,7 +128,7 @@ class TransformerDecoder(_Stack):
     def start(self, z_BD: torch.Tensor, max_tokens: int) -> KeyValues:
         """Keys and values before the first token: of the prefix, or empty."""
         if self.to_prefix is None:
-            shape = (z_BD.shape[0], self.blocks[0].num_heads, 0, self.output_dim // self.blocks[0].num_heads)
+            shape = (z_BD.shape[0], self.num_heads, 0, self.output_dim // self.num_heads)
             return [(z_BD.new_zeros(shape), z_BD.new_zeros(shape)) for _ in self.blocks]
         state: KeyValues = []
         x_B1W, position = self.to_prefix(z_BD)[:, None], z_BD.new_zeros(1)

@@ -8,17 +8,17 @@ parameters only there; evaluation calls `forward` too.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vae_kernels import GaussianSample, gaussian_rsample_kl, linear_cross_entropy, philox_uniform
 
 from vae_dist.config.schema import LstmConfig, ModelConfig, TransformerConfig
 from vae_dist.data.batch import BOS_ID, PAD_ID, UNK_ID, Batch
 from vae_dist.model.lstm import LstmDecoder, LstmEncoder
 from vae_dist.model.transformer import TransformerDecoder, TransformerEncoder
+from vae_kernels import GaussianSample, gaussian_rsample_kl, linear_cross_entropy, philox_uniform
 
 LATENT_STREAM = 0
 WORD_DROPOUT_STREAM = 1
@@ -106,9 +106,7 @@ class TextVAE(nn.Module):
         mean_BD, logvar_BD = parameters.to(wide).chunk(2, dim=-1)
         return mean_BD, logvar_BD
 
-    def step(
-        self, tokens_B: torch.Tensor, z_BD: torch.Tensor, state: object, position: int
-    ) -> tuple[torch.Tensor, object]:
+    def step(self, tokens_B: torch.Tensor, z_BD: torch.Tensor, state: Any, position: int) -> tuple[torch.Tensor, Any]:
         """Logits of the next token, float32 [B, V], and the decoder's next state (from `decoder.start`)."""
         hidden, state = self.decoder.step(self.embedding(tokens_B), z_BD, state, position)
         logits = F.linear(self.to_embedding(hidden), self._output_weight(), self.output_bias)
@@ -120,7 +118,7 @@ class TextVAE(nn.Module):
         x_BTE = self.dropout(self.embedding(self._decoder_input(batch, rng)))
         hidden = self.decoder(x_BTE, z_BD.to(x_BTE.dtype), batch.lengths_B)
         hidden_NE = self.to_embedding(self.dropout(hidden.flatten(0, 1).index_select(0, batch.valid_N)))
-        return linear_cross_entropy(
+        scored = linear_cross_entropy(
             hidden_NE,
             self._output_weight(),
             batch.tokens_BT.flatten().index_select(0, batch.valid_N),
@@ -129,6 +127,7 @@ class TextVAE(nn.Module):
             weight_per_sequence=weight_B,
             backend=self.kernels,
         )
+        return cast(tuple[torch.Tensor, torch.Tensor], scored)
 
     def _decoder_input(self, batch: Batch, rng: torch.Tensor) -> torch.Tensor:
         """The tokens moved right behind BOS, some of them replaced by <unk> while training (word dropout)."""

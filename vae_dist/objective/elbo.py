@@ -35,6 +35,10 @@ class ElboTerms(NamedTuple):
     sequences: torch.Tensor
     tokens: torch.Tensor
 
+    def plus(self, other: ElboTerms) -> ElboTerms:
+        """Sums of both, term by term."""
+        return ElboTerms(*(a + b for a, b in zip(self, other, strict=True)))
+
 
 def loss_scale(world_size: int, real_sequences: int) -> float:
     """world_size / B_real.

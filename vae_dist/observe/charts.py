@@ -100,9 +100,7 @@ def line_chart(
     box = Markup('<svg x="{:g}" y="{:g}" width="{:g}" height="{:g}" viewBox="{:g} {:g} {:g} {:g}">{}</svg>')
     area = (_LEFT - 4, _TOP - 4, width - _LEFT + 4, height - _BOTTOM - _TOP + 8)
     body = _grid(x, y, unit, "step", width, height) + box.format(*area, *area, curves)
-    return _figure(
-        title, series, body, Markup(' data-x="{}" data-y="{}"').format(x.ends, y.ends), width, height
-    )
+    return _figure(title, series, body, Markup(' data-x="{}" data-y="{}"').format(x.ends, y.ends), width, height)
 
 
 def bar_chart(
@@ -116,9 +114,7 @@ def bar_chart(
     x = Axis(-0.5, len(bars) - 0.5, _LEFT, width - _RIGHT)
     step = (x.end - x.start) / len(bars)
     gap = min(4.0, 0.2 * step)
-    shape = Markup(
-        '<rect class="bar {}" x="{:.2f}" y="{:.2f}" width="{:.2f}" height="{:.2f}"><title>{}</title></rect>'
-    )
+    shape = Markup('<rect class="bar {}" x="{:.2f}" y="{:.2f}" width="{:.2f}" height="{:.2f}"><title>{}</title></rect>')
     drawn = Markup("")
     for i, bar in enumerate(bars):
         if _finite(bar.value):
@@ -209,9 +205,7 @@ def _thin(points: Sequence[Point]) -> list[Point]:
     return [points[i] for i in sorted(kept)]
 
 
-def _range(
-    values: Sequence[float], start: float, end: float, *, pad: float, floor: float | None = None
-) -> Axis:
+def _range(values: Sequence[float], start: float, end: float, *, pad: float, floor: float | None = None) -> Axis:
     """An axis that holds all values with a margin, never of length zero."""
     low, high = min(values), max(values)
     margin = pad * (high - low) if high > low else max(0.5, 0.05 * abs(high))
@@ -243,17 +237,13 @@ def _empty(unit: str, width: float, height: float) -> Markup:
     return label + text.format(width / 2, height / 2)
 
 
-def _figure(
-    title: str, series: Sequence[Series], body: Markup, attributes: str, width: float, height: float
-) -> Markup:
+def _figure(title: str, series: Sequence[Series], body: Markup, attributes: str, width: float, height: float) -> Markup:
     """The chart under its title, with a legend if there is more than one curve."""
     keys = Markup("").join(
         Markup('<span class="key {}">{}</span>').format(s.style, s.name) for s in series if len(series) > 1
     )
     caption = Markup("<figcaption><b>{}</b>{}</figcaption>").format(title, keys)
-    return Markup('<figure class="chart">{}{}</figure>').format(
-        caption, _svg(title, body, attributes, width, height)
-    )
+    return Markup('<figure class="chart">{}{}</figure>').format(caption, _svg(title, body, attributes, width, height))
 
 
 def _svg(label: str, body: Markup, attributes: str, width: float, height: float) -> Markup:

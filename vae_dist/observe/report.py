@@ -66,22 +66,16 @@ def render_report(report: dict[str, Any]) -> str:
         ValueError: a required key is missing, or a key is not known.
     """
     _check_keys(report)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "whole": format_whole,
         "decimal": format_decimal,
         "percent": format_percent,
         "duration": format_seconds,
     }
-    source = (
-        importlib.resources.files("vae_dist.observe")
-        .joinpath("report.html.jinja")
-        .read_text(encoding="utf-8")
-    )
+    source = importlib.resources.files("vae_dist.observe").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source).render(
-        {name: None for name in OPTIONAL} | report,
+        dict.fromkeys(OPTIONAL) | report,
         main_curves=_curves(report["curves"], _MAIN_CURVES, width=400),
         side_curves=_curves(report["curves"], _SIDE_CURVES, width=260),
         comparison=_comparison(report["headline"]),
@@ -136,9 +130,7 @@ def _curves(
             if (points := [(r["step"], r[key]) for r in curves.get(style, ()) if key in r])
         ]
         if series:
-            drawn.append(
-                charts.line_chart(title, unit, series, width=width, height=round(0.55 * width), **options)
-            )
+            drawn.append(charts.line_chart(title, unit, series, width=width, height=round(0.55 * width), **options))
     return drawn
 
 
@@ -166,8 +158,6 @@ def _kl_chart(report: dict[str, Any]) -> Markup:
         tooltip, style = f"dimension {i}: KL {kl:.4g} nats", "own"
         if variance and threshold is not None:
             style = "own" if variance[i] >= threshold else "dead"
-            tooltip += (
-                f", variance of posterior mean {variance[i]:.4g}, {'active' if style == 'own' else 'dead'}"
-            )
+            tooltip += f", variance of posterior mean {variance[i]:.4g}, {'active' if style == 'own' else 'dead'}"
         bars.append(charts.Bar(kl, tooltip, style))
     return charts.bar_chart("KL of each latent dimension", _NATS, "latent dimension", bars)

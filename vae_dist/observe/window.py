@@ -27,7 +27,7 @@ class MetricsWindow:
 
     def add(self, terms: ElboTerms) -> None:
         """Add one step; its time runs since the last `add` or `skip_time`, waiting for data included."""
-        self._sums = terms if self._sums is None else ElboTerms(*(a + b for a, b in zip(self._sums, terms)))
+        self._sums = terms if self._sums is None else self._sums.plus(terms)
         self._steps += 1
         now = time.monotonic()
         self._seconds += now - self._mark

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from fastapi import FastAPI, Request
@@ -68,9 +68,7 @@ class TextVaeService:
     async def sample(self, body: schemas.SampleRequest) -> schemas.SampleResponse:
         """Texts drawn from the prior."""
         seed = _seed(body)
-        texts, rows, z_BD = await self._run(
-            self._model.sample, body.n, seed, self._decoding(body), body.prior_scale
-        )
+        texts, rows, z_BD = await self._run(self._model.sample, body.n, seed, self._decoding(body), body.prior_scale)
         latents = z_BD.tolist() if body.return_latent else [None] * body.n
         choices = [
             schemas.Choice(**_choice(i, text, row), latent=latent)
@@ -95,16 +93,12 @@ class TextVaeService:
         """Texts between two texts; the ends are their reconstructions."""
         seed = _seed(body)
         decoding = self._decoding(body)
-        t, texts, rows = await self._run(
-            self._model.interpolate, body.a, body.b, body.steps, body.path, seed, decoding
-        )
+        t, texts, rows = await self._run(self._model.interpolate, body.a, body.b, body.steps, body.path, seed, decoding)
         points = [
             schemas.Point(t=at, text=text, finish_reason=_finish(row), log_prob=row.log_prob)
             for at, text, row in zip(t, texts, rows, strict=True)
         ]
-        return schemas.InterpolateResponse(
-            **self._envelope(seed), a=body.a, b=body.b, path=body.path, points=points
-        )
+        return schemas.InterpolateResponse(**self._envelope(seed), a=body.a, b=body.b, path=body.path, points=points)
 
     async def _run(self, function: Any, *arguments: Any) -> Any:
         async with self._turn:
@@ -126,5 +120,5 @@ def _choice(index: int, text: str, row: Generated) -> dict[str, Any]:
     return {"index": index, "text": text, "finish_reason": _finish(row), "log_prob": row.log_prob}
 
 
-def _finish(row: Generated) -> str:
+def _finish(row: Generated) -> Literal["stop", "length"]:
     return "stop" if row.finished else "length"

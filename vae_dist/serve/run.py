@@ -9,7 +9,7 @@ from pathlib import Path
 import ray
 from ray import serve
 
-from vae_dist.errors import EnvironmentProblem
+from vae_dist.errors import MachineError
 from vae_dist.export.model_dir import find_model_dir
 from vae_dist.launch.cluster import connect
 from vae_dist.launch.stop import signals_to
@@ -22,16 +22,18 @@ def serve_model(model: Path, host: str, port: int) -> None:
 
     Raises:
         ModelError: `model` is no model directory; found before anything is started.
-        EnvironmentProblem: the address cannot be bound.
+        MachineError: the address cannot be bound.
     """
     path = find_model_dir(model).resolve()
     _check_free(host, port)
     connect()
     serve.start(http_options={"host": host, "port": port})
     threads = len(os.sched_getaffinity(0))
-    serve.run(TextVaeService.bind(str(path), threads), name="vae_dist", route_prefix="/")
+    application = TextVaeService.bind(str(path), threads)  # type: ignore[attr-defined]
+    serve.run(application, name="vae_dist", route_prefix="/")
     say(f"serving {path} on http://{host}:{port}")
-    say(f"""try: curl -s http://{host}:{port}/v1/sample -H 'content-type: application/json' -d '{{"n": 3, "seed": 0}}'""")
+    body = """-H 'content-type: application/json' -d '{"n": 3, "seed": 0}'"""
+    say(f"try: curl -s http://{host}:{port}/v1/sample {body}")
     done = threading.Event()
     with signals_to(done.set):
         while not done.wait(0.5):
@@ -49,6 +51,6 @@ def _check_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise EnvironmentProblem(
+            raise MachineError(
                 f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port, or stop what uses it."
             ) from None

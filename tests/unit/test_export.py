@@ -1,0 +1,267 @@
+"""Model directories and checkpoint directories: what is written comes back, and damage is never loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vae_dist.config.schema import LstmConfig, ModelConfig, PrepareConfig, TransformerConfig
+from vae_dist.data.tokenizer import Tokenizer, build_tokenizer
+from vae_dist.engine.checkpoint_files import (
+    Progress,
+    commit,
+    damage,
+    file_entry,
+    newest_whole,
+    read_progress,
+    read_states,
+    retain,
+)
+from vae_dist.errors import CheckpointError, ModelError
+from vae_dist.export.model_dir import FILES, copy_model, find_model_dir, load_model, write_model
+from vae_dist.model.vae import TextVAE
+
+TOKENIZER = build_tokenizer(["a b c d e f g"], PrepareConfig(tokenizer="word", vocab_size=32))
+PROVENANCE = {"run": "r", "steps": 3, "tokens_seen": 99}
+
+
+def make_vae(**changes: Any) -> TextVAE:
+    part = LstmConfig(hidden_dim=6)
+    values = {"embedding_dim": 5, "latent_dim": 3, "encoder": part, "decoder": part}
+    torch.manual_seed(1)
+    return TextVAE(ModelConfig(**(values | changes)), TOKENIZER.vocab_size)
+
+
+def write(path: Path, vae: TextVAE, tokenizer: Tokenizer = TOKENIZER) -> Path:
+    write_model(path, vae.state_dict(), vae.config, tokenizer, 17, PROVENANCE)
+    return path
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    return write(tmp_path / "model", make_vae())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_embeddings": True},
+        {"tie_embeddings": False, "injection": "memory"},
+        {"bidirectional": True, "dropout": 0.3},
+        {"decoder": TransformerConfig(hidden_dim=8, num_layers=1, num_heads=2)},
+    ],
+    ids=["tied", "untied", "bidirectional", "transformer"],
+)
+def test_a_model_comes_back_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
+    vae = make_vae(**changes)
+    loaded = load_model(write(tmp_path / "model", vae))
+    there = loaded.vae.state_dict()
+    assert there.keys() == vae.state_dict().keys()
+    assert all(torch.equal(there[name], weight) for name, weight in vae.state_dict().items())
+    assert loaded.vae.config == vae.config
+    assert loaded.vae.training is False
+    assert loaded.max_tokens == 17
+    assert loaded.info["provenance"] == PROVENANCE
+    assert loaded.tokenizer.sha256 == TOKENIZER.sha256
+    if vae.config.tie_embeddings:
+        assert loaded.vae._output_weight().data_ptr() == loaded.vae.embedding.weight.data_ptr()
+
+
+def test_every_file_is_there_and_none_is_a_pickle(model_dir: Path) -> None:
+    assert sorted(p.name for p in model_dir.iterdir()) == sorted(FILES)
+    assert "3 latent dimensions" in (model_dir / "card.md").read_text(encoding="utf-8")
+    json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+
+
+def test_equal_weights_have_equal_names_and_others_do_not(tmp_path: Path) -> None:
+    vae = make_vae()
+    first, again = (load_model(write(tmp_path / name, vae)).weights_sha256 for name in "ab")
+    vae.output_bias.data[0] += 1e-7
+    assert first == again
+    assert load_model(write(tmp_path / "c", vae)).weights_sha256 != first
+
+
+def test_weights_that_are_views_are_written_whole(tmp_path: Path) -> None:
+    vae = make_vae()
+    weights = {name: w.t().contiguous().t() if w.dim() == 2 else w for name, w in vae.state_dict().items()}
+    write_model(tmp_path / "model", weights, vae.config, TOKENIZER, 17, {})
+    there = load_model(tmp_path / "model").vae.state_dict()
+    assert all(torch.equal(there[name], weight) for name, weight in vae.state_dict().items())
+
+
+def test_a_run_directory_stands_for_its_model(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "model", make_vae())
+    assert find_model_dir(tmp_path / "run") == tmp_path / "run" / "model"
+    assert load_model(str(tmp_path / "run")).path == tmp_path / "run" / "model"
+
+
+def test_a_copy_is_a_model(model_dir: Path, tmp_path: Path) -> None:
+    copy_model(model_dir, tmp_path / "copy")
+    assert load_model(tmp_path / "copy").weights_sha256 == load_model(model_dir).weights_sha256
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def change_info(path: Path, **changes: Any) -> None:
+    info = json.loads((path / "config.json").read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in info.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+
+
+def replace_weights(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    weights.pop("output_bias")
+    save_file(weights, path / "model.safetensors")
+
+
+DAMAGES = {
+    "unfinished": (lambda p: (p / "config.json").unlink(), "is no model directory: it needs"),
+    "no weights": (lambda p: (p / "model.safetensors").unlink(), "is no model directory: it needs"),
+    "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json is missing or damaged"),
+    "broken tokenizer": (lambda p: truncate(p / "tokenizer.json"), "tokenizer.json is missing or damaged"),
+    "broken config": (lambda p: truncate(p / "config.json"), "not readable as a model description"),
+    "config is a list": (lambda p: (p / "config.json").write_text("[1]"), "not readable as a model description"),
+    "keys missing": (lambda p: change_info(p, model=None, vocab_size=None), "lacks model, vocab_size"),
+    "another version": (lambda p: change_info(p, format_version=2), "format version 2; this vae_dist reads 1"),
+    "unknown model key": (lambda p: change_info(p, model={"depth": 3}), "cannot be loaded"),
+    "another vocabulary": (lambda p: change_info(p, vocab_size=9), "cannot be loaded: .*state_dict"),
+    "truncated weights": (lambda p: truncate(p / "model.safetensors"), "model.safetensors is damaged"),
+    "one bit": (lambda p: flip(p / "model.safetensors", -5), "model.safetensors is damaged"),
+    "other weights": (replace_weights, "model.safetensors is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_a_clear_error(model_dir: Path, name: str) -> None:
+    harm, message = DAMAGES[name]
+    harm(model_dir)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(model_dir)
+    assert str(model_dir) in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_another_tokenizer_is_refused(model_dir: Path) -> None:
+    build_tokenizer(["x y"], PrepareConfig(tokenizer="word", vocab_size=32)).save(model_dir / "tokenizer.json")
+    with pytest.raises(ModelError, match="not the tokenizer this model was trained with"):
+        load_model(model_dir)
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no model directory .*nowhere\. Train one"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"is no model directory.*vae-dist export"):
+        load_model(tmp_path)
+
+
+def test_an_interrupted_rewrite_leaves_no_model(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tokenizer, "save", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write(model_dir, make_vae())
+    with pytest.raises(ModelError, match="is no model directory"):
+        load_model(model_dir)
+
+
+def write_checkpoint(directory: Path, step: int) -> Path:
+    path = directory / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    entries = []
+    for rank in range(2):
+        value = torch.arange(4.0) + 10 * rank + step
+        state = {f"p{rank}": value, f"p{rank}::exp_avg": value / 2, f"p{rank}::exp_avg_sq": value**2}
+        file = path / f"state-{rank:05d}-of-00002.safetensors"
+        save_file(state, file)
+        entries.append(file_entry(file))
+    commit(path, {"format_version": 1, "step": step, "tokens_seen": 1000 * step}, entries)
+    return path
+
+
+def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 7)
+    assert newest_whole(tmp_path) == path
+    assert damage(path) is None
+    assert read_progress(path) == Progress(7, 7000)
+    states = read_states(path)
+    assert sorted(states) == ["p0", "p1"]
+    wanted = torch.arange(4.0) + 17
+    assert states["p1"].name == "p1"
+    for got, expected in zip(states["p1"][1:], (wanted, wanted / 2, wanted**2), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_the_newest_is_the_one_with_the_most_steps(tmp_path: Path) -> None:
+    for step in (30, 4, 100, 9):
+        write_checkpoint(tmp_path, step)
+    assert newest_whole(tmp_path) == tmp_path / "step-00000100"
+    retain(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030", "step-00000100"]
+
+
+STATE = "state-00001-of-00002.safetensors"
+CHECKPOINT_DAMAGES = {
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
+    "truncated file": (lambda p: truncate(p / STATE), f"{STATE} has .* bytes, not"),
+    "flipped byte": (lambda p: flip(p / STATE, -3), f"{STATE} does not match its hash"),
+    "flipped progress": (lambda p: flip(p / "state.json", -2), "state.json does not match its hash"),
+    "missing file": (lambda p: (p / STATE).unlink(), f"{STATE} is missing"),
+    "missing progress": (lambda p: (p / "state.json").unlink(), "state.json is missing"),
+    "truncated manifest": (lambda p: truncate(p / "manifest.json"), "manifest.json is not readable"),
+    "empty manifest": (lambda p: (p / "manifest.json").write_text(""), "manifest.json is not readable"),
+    "manifest of something else": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json is not readable"),
+    "files is a number": (lambda p: (p / "manifest.json").write_text('{"files": 3}'), "manifest.json is not readable"),
+    "nameless file": (lambda p: (p / "manifest.json").write_text('{"files": [{}]}'), "manifest.json is not readable"),
+    "not text": (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe{}"), "manifest.json is not readable"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    older, newer = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 20)
+    harm, problem = CHECKPOINT_DAMAGES[name]
+    harm(newer)
+    with caplog.at_level(logging.WARNING):
+        assert newest_whole(tmp_path) == older
+    assert str(newer) in caplog.text
+    found = damage(newer)
+    assert found is not None
+    assert re.search(problem, found)
+
+
+def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_whole(tmp_path / "checkpoints") is None
+    assert newest_whole(tmp_path) is None
+    (tmp_path / "step-00000010").mkdir()
+    (tmp_path / "step-00000011").touch()
+    assert newest_whole(tmp_path) is None
+
+
+def test_the_manifest_is_the_commit_point(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 10)
+    shutil.move(path / "manifest.json", path / "manifest.json.tmp")
+    assert newest_whole(tmp_path) is None
+
+
+def test_unreadable_state_names_the_file(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 10)
+    (path / STATE).write_bytes(b"no safetensors")
+    with pytest.raises(CheckpointError, match=f"{STATE} is not readable"):
+        read_states(path)
