@@ -133,7 +133,7 @@ def interpolate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.export.from_run import export_run
+    from vae_dist.engine.export_run import export_run
 
     return export_run(Path(args.run), Path(args.out))
 
@@ -145,7 +145,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.observe.plan_view import describe_plan
+    from vae_dist.engine.plan_view import describe_plan
     from vae_dist.train import plan_only
 
     return describe_plan(*plan_only(args.config))

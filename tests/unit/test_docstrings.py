@@ -71,6 +71,8 @@ def test_harvest_does_not_depend_on_parallelism(tree: Path, tmp_path: Path, monk
     one = harvest_docstrings(tmp_path / "one", [tree], workers=1)
     assert many.path.read_bytes() == one.path.read_bytes()
     assert many.path.name == one.path.name
+    # No file name and no time in the gzip header: flags, then four bytes of time.
+    assert one.path.read_bytes()[3:8] == bytes(5)
 
 
 def test_harvest_is_cached_until_a_source_changes(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

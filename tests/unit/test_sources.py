@@ -47,6 +47,17 @@ def test_lines(tmp_path: Path, name: str) -> None:
     found = list(source.texts(counts))
     assert found == [(None, t) for t in ("one two", "three \u2028 four", "five\0six\rseven", "last")]
     assert counts == {"empty_texts": 2}
+    counts.clear()
+    assert len(list(open_source(str(write(tmp_path / name, "one\n\n")), PrepareConfig(), tmp_path).texts(counts))) == 1
+    assert counts == {"empty_texts": 1}
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+def test_byte_order_mark_cut_by_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(records, "_READ_BYTES", block)
+    path = write(tmp_path / "a.txt", "\ufeffone\n\ufefftwo")
+    # Only the first one is a mark.
+    assert plain(path) == ["one", "\ufefftwo"]
 
 
 def test_paragraphs(tmp_path: Path) -> None:

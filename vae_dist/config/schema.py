@@ -172,11 +172,11 @@ class TrainConfig(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds initialisation, order, noise and sampling."""
-    epochs: Annotated[float, Field(gt=0.0)] = 2.5
+    epochs: Annotated[float, Field(gt=0.0)] = 2.0
     """Passes over the training split."""
     steps: Positive | None = None
     """Optimizer steps; when given, `epochs` is not used."""
-    batch_sequences: Positive = 64
+    batch_sequences: Positive = 32
     """B, sequences in a global batch, whatever the number of workers."""
     micro_batch_tokens: Positive | None = None
     """Padded tokens a worker puts through the model at once; null: its whole share of the batch."""
@@ -193,7 +193,7 @@ class EvaluateConfig(Section):
 
     every_steps: Positive | None = None
     """Validate every so many steps; null: about ten times in the run."""
-    max_sequences: Positive | None = 2000
+    max_sequences: Positive | None = 1000
     """Validation sequences used during the run; the evaluation at the end uses all of them."""
     batch_sequences: Positive = 64
     """Sequences in an evaluation batch, over all workers."""

@@ -75,7 +75,7 @@ READERS: dict[str, Reader] = {"text": read_text, "jsonl": read_jsonl, "parquet":
 
 
 def read_lines(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
-    r"""Lines of a UTF-8 file without their endings. Only \n and \r\n end a line, whatever Unicode says.
+    r"""Lines of a UTF-8 file without their \n, the only character that ends a line; a \r before it is left to strip.
 
     Raises:
         DataError: the file cannot be read or is not UTF-8; names the byte and its offset.
@@ -84,11 +84,11 @@ def read_lines(filesystem: fs.FileSystem, path: str) -> Iterator[str]:
     for text in _decoded(filesystem, path):
         *whole, rest = text.split("\n")
         for end in whole:
-            yield "".join([*parts, end]).removesuffix("\r")
+            yield "".join([*parts, end])
             parts = []
         parts.append(rest)
-    last = "".join(parts).removesuffix("\r")
-    if last:
+    # Nothing after the last \n is no line.
+    if last := "".join(parts):
         yield last
 
 

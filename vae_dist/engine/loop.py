@@ -20,6 +20,7 @@ from vae_dist.engine.checkpoint_files import Progress
 from vae_dist.engine.plan import RunPlan, order_spec
 from vae_dist.engine.precision import autocast_dtype
 from vae_dist.engine.step import TrainStep
+from vae_dist.engine.window import MetricsWindow
 from vae_dist.engine.zero import build_engine, full_weights, optimizer_state_elements, require_compiler
 from vae_dist.errors import MachineError, RunError
 from vae_dist.evaluate.likelihood import score_split, summarise
@@ -27,7 +28,6 @@ from vae_dist.model.vae import TextVAE, count_parameters
 from vae_dist.objective.elbo import NegativeElbo
 from vae_dist.objective.schedule import beta_at, learning_rate_at
 from vae_dist.observe.metrics import MetricsWriter
-from vae_dist.observe.window import MetricsWindow
 from vae_kernels import resolve_backend
 
 

@@ -1,0 +1,140 @@
+"""The plan: what names a run, what it will do, and whose run directory it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vae_dist.config.load import load_config
+from vae_dist.config.schema import PrepareConfig
+from vae_dist.data.dataset import Dataset
+from vae_dist.data.prepare import prepare
+from vae_dist.engine.plan import RunPlan, claim_run_dir, order_spec, plan_run
+from vae_dist.errors import CheckpointError, DataError
+
+BASE = ["train.batch_sequences=16", "data.streams=4", "train.epochs=3", "train.seed=1", "objective.beta=1.0"]
+OPTIONS = PrepareConfig(tokenizer="word", vocab_size=64, valid_fraction=0.0, test_fraction=0.0, max_tokens=20)
+
+
+def make_dataset(folder: Path, words: int = 6) -> Dataset:
+    folder.mkdir(exist_ok=True)
+    lines = [" ".join(f"w{(i * j) % 13}" for j in range(1, words)) + f" n{i}" for i in range(100)]
+    (folder / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
+    return prepare(str(folder / "corpus.txt"), folder / "data", OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return make_dataset(tmp_path_factory.mktemp("plan"))
+
+
+def plan(dataset: Dataset, *overrides: str) -> RunPlan:
+    return plan_run(load_config(None, [*BASE, *overrides]), dataset, dataset.path, 0.0)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "cluster.workers=4", "cluster.zero_stage=3", "cluster.cpus_per_worker=2", "cluster.collective_timeout_seconds=9",
+        "run.log_every_steps=1", "run.keep_checkpoints=9", "run.checkpoint_every_steps=2", "evaluate.every_steps=3",
+        "evaluate.max_sequences=5", "evaluate.num_samples=1", "data.source=elsewhere.txt", "data.dir=/moved/here",
+        "data.prepare.shard_bytes=8192",
+    ],
+)  # fmt: skip
+def test_where_and_how_a_run_is_made_does_not_change_its_name(dataset: Dataset, override: str) -> None:
+    assert plan(dataset, override).run_dir == plan(dataset).run_dir
+
+
+def test_storage_moves_the_run_and_keeps_its_name(dataset: Dataset, tmp_path: Path) -> None:
+    moved = plan(dataset, f"run.storage={tmp_path}").run_dir
+    assert moved == tmp_path / plan(dataset).run_dir.name
+    assert plan(dataset, f"run.storage={tmp_path}", "run.name=mine").run_dir == tmp_path / "mine"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.seed=2", "train.batch_sequences=32", "train.epochs=4", "train.precision=fp32", "data.streams=8",
+        "data.length_groups=3", "data.shuffle_block_sequences=3", "data.shuffle_window_sequences=3",
+        "model.latent_dim=3", "model.encoder={num_layers: 2}", "model.decoder={kind: transformer}", "model.dropout=0.31",
+        "objective.beta=0.9", "optimizer.learning_rate=0.123",
+    ],
+)  # fmt: skip
+def test_what_changes_the_weights_changes_the_name(dataset: Dataset, override: str) -> None:
+    assert plan(dataset, override).run_dir != plan(dataset).run_dir
+
+
+def test_other_data_changes_the_name(dataset: Dataset, tmp_path: Path) -> None:
+    assert plan(make_dataset(tmp_path / "other", words=7)).result_hash != plan(dataset).result_hash
+
+
+def test_steps_follow_epochs_or_are_given(dataset: Dataset) -> None:
+    assert dataset.split("train").sequences == 100
+    assert (plan(dataset).steps_per_epoch, plan(dataset).total_steps) == (7, 21)
+    assert plan(dataset, "train.epochs=0.5").total_steps == 4
+    assert plan(dataset, "train.epochs=0.01").total_steps == 1
+    assert plan(dataset, "train.steps=5").total_steps == 5
+    assert (plan(dataset).evaluate_every, plan(dataset).checkpoint_every) == (3, 3)
+    given = plan(dataset, "evaluate.every_steps=8", "run.checkpoint_every_steps=9")
+    assert (given.evaluate_every, given.checkpoint_every) == (8, 9)
+
+
+def test_the_order_is_made_of_configuration_and_data(dataset: Dataset) -> None:
+    config = load_config(None, [*BASE, "data.length_groups=5", "data.shuffle_block_sequences=6"])
+    spec = order_spec(config, dataset.split("train"), dataset.manifest_hash)
+    assert (spec.sequences, spec.manifest_hash, spec.seed) == (100, dataset.manifest_hash, 1)
+    assert (spec.streams, spec.batch_sequences, spec.length_groups, spec.block_sequences) == (4, 16, 5, 6)
+    assert spec.window_sequences == config.data.shuffle_window_sequences
+
+
+def test_a_budget_below_the_longest_sequence_is_refused(dataset: Dataset) -> None:
+    longest = dataset.split("train").max_tokens
+    assert longest == 7
+    assert plan(dataset, f"data.dir={dataset.path}", "train.micro_batch_tokens=7").total_steps == 21
+    with pytest.raises(DataError, match=r"micro_batch_tokens = 6 cannot hold .* 7 tokens"):
+        plan(dataset, f"data.dir={dataset.path}", "train.micro_batch_tokens=6")
+
+
+def test_a_run_directory_is_claimed_once_and_found_again(dataset: Dataset, tmp_path: Path) -> None:
+    mine = plan(dataset, f"run.storage={tmp_path}")
+    claim_run_dir(mine, {"git_sha": "abc"})
+    record = json.loads((mine.run_dir / "run.json").read_text(encoding="utf-8"))
+    assert (record["git_sha"], record["manifest_hash"]) == ("abc", dataset.manifest_hash)
+    assert load_config(mine.run_dir / "resolved.yaml") == mine.config
+    claim_run_dir(plan(dataset, f"run.storage={tmp_path}", "cluster.workers=2"), {"git_sha": "def"})
+    assert json.loads((mine.run_dir / "run.json").read_text(encoding="utf-8"))["git_sha"] == "abc"
+
+
+def test_another_configuration_is_refused_and_its_differences_named(dataset: Dataset, tmp_path: Path) -> None:
+    named = [f"run.storage={tmp_path}", "run.name=mine"]
+    claim_run_dir(plan(dataset, *named), {})
+    with pytest.raises(CheckpointError) as caught:
+        claim_run_dir(plan(dataset, *named, "objective.beta=0.5", "model.encoder={hidden_dim: 9}", "train.seed=4"), {})
+    message = caught.value.message
+    assert "objective.beta was 1.0 and is now 0.5" in message
+    assert "train.seed was 1 and is now 4" in message
+    assert "model.encoder.hidden_dim was" in message
+    assert "manifest" not in message
+    assert str(tmp_path / "mine") in message
+
+
+def test_other_data_is_refused_and_named(dataset: Dataset, tmp_path: Path) -> None:
+    named = [f"run.storage={tmp_path}", "run.name=mine"]
+    claim_run_dir(plan(dataset, *named), {})
+    other = make_dataset(tmp_path / "other", words=7)
+    with pytest.raises(CheckpointError, match=f"manifest was '{dataset.manifest_hash[:12]}'"):
+        claim_run_dir(plan(other, *named), {})
+
+
+def test_a_directory_of_something_else_is_left_alone(dataset: Dataset, tmp_path: Path) -> None:
+    mine = plan(dataset, f"run.storage={tmp_path}", "run.name=mine")
+    mine.run_dir.mkdir()
+    claim_run_dir(mine, {})
+    other = plan(dataset, f"run.storage={tmp_path}", "run.name=notes")
+    other.run_dir.mkdir()
+    (other.run_dir / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match="is not empty and holds no run"):
+        claim_run_dir(other, {})
+    assert [p.name for p in other.run_dir.iterdir()] == ["notes.txt"]
