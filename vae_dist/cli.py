@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,14 +11,14 @@ from typing import Any, Literal, get_args, get_origin
 
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.errors import ConfigError, VaeDistError
-from vae_dist.observe.console import fail, say
+from vae_dist.observe.console import fail, say, show_log
 
 Command = Callable[[argparse.Namespace], dict[str, Any] | None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 (it failed) or 2 (the input is wrong)."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    show_log()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["train"]:
         from vae_dist.train import main as train

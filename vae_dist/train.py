@@ -22,13 +22,14 @@ from vae_dist.data.dataset import Dataset
 from vae_dist.data.prepare import prepare_cached
 from vae_dist.engine.plan import RunPlan, claim_run_dir, plan_run
 from vae_dist.errors import VaeDistError
-from vae_dist.observe.console import fail, say
+from vae_dist.observe.console import fail, say, show_log
 from vae_dist.observe.versions import versions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 finished (or saved after a signal), 1 failed, 2 the input is wrong."""
     started_at = time.time()
+    show_log()
     try:
         config = load_config(*_split_arguments(sys.argv[1:] if arguments is None else arguments))
         return run(config, started_at)

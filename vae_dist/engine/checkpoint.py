@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from vae_dist.engine.checkpoint_files import (
     Progress,
+    choose,
     commit,
     file_entry,
-    newest_whole,
     read_progress,
     read_states,
     retain,
@@ -49,20 +49,26 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, directory: Path, progress
     return target
 
 
-def load_newest(engine: deepspeed.DeepSpeedEngine, directory: Path) -> Progress:
-    """Load the newest whole checkpoint; returns its progress, zero when there is none. Collective.
+class Loaded(NamedTuple):
+    """What a run starts from, and a sentence on each damaged checkpoint that was passed over."""
 
-    Rank 0 chooses and tells the others, so that all load the same one. Damaged or half-written ones are
-    passed over with a warning that names them.
+    progress: Progress
+    passed_over: list[str]
+
+
+def load_newest(engine: deepspeed.DeepSpeedEngine, directory: Path) -> Loaded:
+    """Load the newest whole checkpoint; its progress is zero when there is none. Collective.
+
+    Rank 0 chooses and tells the others, so that all load the same one.
     """
-    chosen: list[str | None] = [None]
+    told: list[Any] = [None, []]
     if dist.get_rank() == 0:
-        found = newest_whole(directory)
-        chosen = [found.name if found else None]
-    dist.broadcast_object_list(chosen, src=0)
-    if chosen[0] is None:
-        return Progress(0, 0)
-    path = directory / chosen[0]
-    progress = read_progress(path)
-    load_state(engine, read_states(path), optimizer_step=progress.step)
-    return progress
+        found, passed_over = choose(directory)
+        told = [found.name if found else None, passed_over]
+    dist.broadcast_object_list(told, src=0)
+    name, passed_over = told
+    if name is None:
+        return Loaded(Progress(0, 0), passed_over)
+    progress = read_progress(directory / name)
+    load_state(engine, read_states(directory / name), optimizer_step=progress.step)
+    return Loaded(progress, passed_over)

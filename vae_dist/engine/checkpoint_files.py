@@ -43,15 +43,22 @@ class Progress(NamedTuple):
 
 
 def newest_whole(directory: Path) -> Path | None:
-    """The newest checkpoint whose files match its manifest, or None."""
-    if not directory.is_dir():
-        return None
+    """The newest checkpoint whose files match its manifest, or None; logs the ones passed over."""
+    found, passed_over = choose(directory)
+    for note in passed_over:
+        logger.warning(note)
+    return found
+
+
+def choose(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and a sentence on each newer one that is not whole."""
+    passed_over: list[str] = []
     for path in sorted(directory.glob("step-*"), reverse=True):
         problem = damage(path)
         if problem is None:
-            return path
-        logger.warning("Checkpoint %s is passed over: %s.", path, problem)
-    return None
+            return path, passed_over
+        passed_over.append(f"checkpoint {path} is passed over: {problem}")
+    return None, passed_over
 
 
 def damage(path: Path) -> str | None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from vae_dist.config.schema import Config
 from vae_dist.data.dataset import Dataset
 from vae_dist.data.stream import Stream
-from vae_dist.engine.checkpoint import load_newest, save_checkpoint
+from vae_dist.engine.checkpoint import Loaded, load_newest, save_checkpoint
 from vae_dist.engine.checkpoint_files import Progress
 from vae_dist.engine.plan import RunPlan, order_spec
 from vae_dist.engine.precision import autocast_dtype
@@ -46,8 +46,8 @@ def train(plan: RunPlan, device: torch.device, should_stop: Callable[[], bool]) 
     config, dataset = plan.config, Dataset.open(plan.data_dir)
     engine = _build(config, dataset.tokenizer.vocab_size, device)
     loaded = load_newest(engine, plan.run_dir / "checkpoints")
-    step, window = loaded.step, MetricsWindow(loaded.tokens_seen)
-    metrics = _open_metrics(plan, step, engine)
+    step, window = loaded.progress.step, MetricsWindow(loaded.progress.tokens_seen)
+    metrics = _open_metrics(plan, loaded, engine)
     stream = Stream(
         dataset.split("train"),
         order_spec(config, dataset.split("train"), plan.manifest_hash),
@@ -109,13 +109,16 @@ def _require_backend(kernels: str, device: torch.device) -> None:
         raise MachineError(f"train.kernels = {kernels}: {error}") from None
 
 
-def _open_metrics(plan: RunPlan, step: int, engine: Any) -> MetricsWriter | None:
+def _open_metrics(plan: RunPlan, loaded: Loaded, engine: Any) -> MetricsWriter | None:
     """Say how the run begins, and what DeepSpeed made of the model on each rank. Collective."""
     held: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(held, optimizer_state_elements(engine))
     if dist.get_rank() != 0:
         return None
+    step = loaded.progress.step
     metrics = MetricsWriter(plan.run_dir, step)
+    for note in loaded.passed_over:
+        metrics.write("event", step, {"message": note})
     stage = engine.zero_optimization_stage()
     facts = {
         "optimizer": type(engine.optimizer).__name__,

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from vae_dist.errors import VaeDistError
+
+
+def show_log() -> None:
+    """Send what this package logs (progress of long steps, what was skipped) to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("vae_dist")
+    log.setLevel(logging.INFO)
+    log.handlers = [handler]
 
 
 def say(message: str) -> None:
