@@ -62,14 +62,12 @@ def data_preview(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.data.prepare import split_of
+    from vae_dist.data.prepare import training_texts
     from vae_dist.data.sources import open_source
     from vae_dist.data.tokenizer import build_tokenizer
 
     options, out = _prepare_options(args), Path(args.out)
-    source = open_source(args.source, options, out.parent)
-    texts = (text for split, text in source.texts() if (split or split_of(text, options)) == "train")
-    tokenizer = build_tokenizer(texts, options)
+    tokenizer = build_tokenizer(training_texts(open_source(args.source, options, out.parent), options), options)
     tokenizer.save(out)
     return {"path": str(out), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
 

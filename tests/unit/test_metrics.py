@@ -98,7 +98,8 @@ VALID = {
 
 def test_lines_state_every_number_with_its_unit() -> None:
     assert format_record(TRAIN, 900) == (
-        "step     40/900  ELBO   -81.23  rec   79.00  KL   2.23 nats/seq  active   7  beta 0.25    12,346 tok/s  left 3m 05s"
+        "step     40/900  ELBO   -81.23  rec   79.00  KL   2.23 nats/seq  active   7  beta 0.25  "
+        "  12,346 tok/s  left 3m 05s"
     )
     assert format_record(VALID, 900) == (
         "valid    50/900  ELBO   -80.00  rec   78.00  KL   2.00 nats/seq  active  32  PPL 102.5  MI 1.99 nats"

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from vae_dist.config.schema import LstmConfig, ModelConfig, TransformerConfig
-from vae_dist.data.batch import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Batch, collate
+from vae_dist.data.batch import Batch, collate
 from vae_dist.data.sequences import Sequences
+from vae_dist.data.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from vae_dist.model.lstm import LstmEncoder
 from vae_dist.model.vae import TextVAE, VaeOutput, count_parameters
 from vae_dist.objective.elbo import NegativeElbo
@@ -111,6 +112,16 @@ def test_the_decoder_is_causal_and_hears_the_latent(decoder: str, injection: str
         assert ((after - before)[:, changed + 1 :].abs().amax(-1) > 1e-5).all()
     other = teacher_forced_logits(vae, batch, z_BD.flip(0))
     assert ((other - before).abs().amax(-1) > 1e-4).all()
+
+
+@torch.no_grad()
+def test_the_lstm_decoder_starts_from_the_latent_in_every_layer() -> None:
+    decoder = make_vae(decoder="lstm2", injection="memory").decoder
+    x_BTE, z_BD = torch.randn(3, 6, 10), torch.randn(3, 5)
+    cell = torch.stack([part @ z_BD.T for part in decoder.to_cell.weight.chunk(2)]).transpose(1, 2)
+    cell = cell + torch.stack(decoder.to_cell.bias.chunk(2))[:, None]
+    expected, _ = decoder.lstm(x_BTE, (cell.tanh().contiguous(), cell.contiguous()))
+    torch.testing.assert_close(decoder(x_BTE, z_BD, torch.tensor([6, 6, 6])), expected, atol=1e-6, rtol=1e-5)
 
 
 ENCODERS = [("lstm", False), ("lstm2", False), ("lstm", True), ("lstm2", True), ("transformer", False)]

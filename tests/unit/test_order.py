@@ -148,6 +148,18 @@ def test_the_order_does_not_follow_the_corpus_or_the_epoch_before() -> None:
     assert neighbours < 0.01
 
 
+def test_windows_and_streams_are_shuffled_each_in_its_own_way() -> None:
+    # One block: what a stream permutes is the corpus itself.
+    spec = spec_of(400, streams=2, block_sequences=400, window_sequences=50)
+    order, shuffles = EpochOrder(spec, 0), []
+    for stream in range(2):
+        for window in range(4):
+            numbers = order.sequence_numbers(stream, 50 * window, 50) - (200 * stream + 50 * window)
+            assert sorted(numbers.tolist()) == list(range(50))
+            shuffles.append(tuple(numbers))
+    assert len(set(shuffles)) == 8
+
+
 def test_streams_and_windows_are_cut_evenly_whatever_the_lengths() -> None:
     spec = spec_of(1000)
     ranges = [spec.stream_range(stream) for stream in range(spec.streams)]

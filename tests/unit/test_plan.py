@@ -37,8 +37,8 @@ def plan(dataset: Dataset, *overrides: str) -> RunPlan:
 @pytest.mark.parametrize(
     "override",
     [
-        "cluster.workers=4", "cluster.zero_stage=3", "cluster.cpus_per_worker=2", "cluster.collective_timeout_seconds=9",
-        "run.log_every_steps=1", "run.keep_checkpoints=9", "run.checkpoint_every_steps=2", "evaluate.every_steps=3",
+        "cluster.workers=4", "cluster.zero_stage=3", "cluster.cpus_per_worker=2",
+        "cluster.collective_timeout_seconds=9", "run.log_every_steps=1", "run.keep_checkpoints=9", "run.checkpoint_every_steps=2", "evaluate.every_steps=3",
         "evaluate.max_sequences=5", "evaluate.num_samples=1", "data.source=elsewhere.txt", "data.dir=/moved/here",
         "data.prepare.shard_bytes=8192",
     ],
@@ -58,8 +58,8 @@ def test_storage_moves_the_run_and_keeps_its_name(dataset: Dataset, tmp_path: Pa
     [
         "train.seed=2", "train.batch_sequences=32", "train.epochs=4", "train.precision=fp32", "data.streams=8",
         "data.length_groups=3", "data.shuffle_block_sequences=3", "data.shuffle_window_sequences=3",
-        "model.latent_dim=3", "model.encoder={num_layers: 2}", "model.decoder={kind: transformer}", "model.dropout=0.31",
-        "objective.beta=0.9", "optimizer.learning_rate=0.123",
+        "model.latent_dim=3", "model.encoder={num_layers: 2}", "model.decoder={kind: transformer}",
+        "model.dropout=0.31", "objective.beta=0.9", "optimizer.learning_rate=0.123",
     ],
 )  # fmt: skip
 def test_what_changes_the_weights_changes_the_name(dataset: Dataset, override: str) -> None:

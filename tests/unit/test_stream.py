@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vae_dist.config.schema import DataConfig, PrepareConfig
-from vae_dist.data.batch import EOS_ID, PAD_ID, Share, collate, micro_batches
+from vae_dist.data.batch import Share, collate, micro_batches
 from vae_dist.data.dataset import Dataset, Split
 from vae_dist.data.order import OrderSpec
 from vae_dist.data.prepare import prepare
 from vae_dist.data.sequences import Sequences
+from vae_dist.data.special_ids import EOS_ID, PAD_ID
 from vae_dist.data.stream import Stream, gather
 from vae_dist.errors import DataError
 

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from vae_dist.data.sequences import Sequences
-
-PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+from vae_dist.data.special_ids import EOS_ID, PAD_ID
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vae_dist.data.batch import EOS_ID
+from vae_dist.data.special_ids import EOS_ID
 
 _HISTOGRAM_BINS = 16
 

@@ -71,6 +71,11 @@ def prepare_cached(source_name: str, options: PrepareConfig, data_root: Path) ->
     return prepare(source_name, path, options, data_root), path
 
 
+def training_texts(source: Source, options: PrepareConfig) -> Iterator[str]:
+    """The training split's texts as `prepare` sees them, for training a tokenizer."""
+    return (text for split, text in _texts(source, options, Counter()) if split == "train")
+
+
 def split_of(text: str, options: PrepareConfig) -> str:
     """The split a text belongs to by its hash: the same text is always in the same one."""
     share = xxhash.xxh3_64_intdigest(text.encode()) / 2**64
@@ -146,7 +151,7 @@ class _SplitWriter:
 
 
 def _write(source: Source, out_dir: Path, options: PrepareConfig, origin: dict[str, Any]) -> None:
-    tokenizer = build_tokenizer((t for s, t in _texts(source, options, Counter()) if s == "train"), options)
+    tokenizer = build_tokenizer(training_texts(source, options), options)
     counts: Counter[str] = Counter()
     writers = _write_shards(source, out_dir, options, tokenizer, counts)
     kept = {name: writer for name, writer in writers.items() if writer.lengths}

@@ -20,7 +20,7 @@ import xxhash
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.batch import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from vae_dist.data.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from vae_dist.errors import DataError
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")

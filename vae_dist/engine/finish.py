@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from vae_dist.config.load import dump_yaml
-from vae_dist.data.batch import BOS_ID, PAD_ID
 from vae_dist.data.dataset import Dataset, Split
+from vae_dist.data.special_ids import BOS_ID, PAD_ID
 from vae_dist.decode.generate import Decoding
 from vae_dist.decode.latent_ops import TextModel
 from vae_dist.engine.loop import Trained
