@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -54,6 +55,7 @@ def settings(storage: Path, dataset_dir: Path) -> list[str]:
         "evaluate.every_steps=25",
         "run.checkpoint_every_steps=20",
         "cluster.workers=2",
+        "cluster.zero_stage=1",
     ]
 
 
@@ -190,12 +192,12 @@ def test_finished_run_says_so_and_prints_its_line_again(
     assert again.json == json.loads((uninterrupted / "result.json").read_text())
 
 
+@pytest.mark.long
 def test_damaged_checkpoint_falls_back_and_says_so(
     train: Callable[..., Finished], settings: list[str], uninterrupted: Path, storage: Path
 ) -> None:
     run = storage / "damaged"
-    done = train(*settings, "run.name=damaged")
-    assert done.status == 0, done.err
+    shutil.copytree(uninterrupted, run)
     (run / "result.json").unlink()
     newest = sorted((run / "checkpoints").iterdir())[-1]
     victim = next(newest.glob("*.safetensors"))
@@ -209,6 +211,7 @@ def test_damaged_checkpoint_falls_back_and_says_so(
     assert losses(run) == losses(uninterrupted)
 
 
+@pytest.mark.long
 def test_transformer_trains_under_zero_three(
     train: Callable[..., Finished], settings: list[str], storage: Path
 ) -> None:
@@ -228,6 +231,7 @@ def test_transformer_trains_under_zero_three(
     assert relative(losses(storage / "transformer3"), losses(storage / "transformer1")) < 1e-4
 
 
+@pytest.mark.long
 def test_bf16_agrees_with_fp32(
     train: Callable[..., Finished], settings: list[str], uninterrupted: Path, storage: Path
 ) -> None:
@@ -252,6 +256,7 @@ def test_other_configuration_in_the_run_directory(
     assert done.status == 2 and "train.seed was 0 and is now 7" in done.err and "Traceback" not in done.err, done.err
 
 
+@pytest.mark.long
 def test_missing_compiler_is_named(train: Callable[..., Finished], settings: list[str], tmp_path: Path) -> None:
     """On a cluster of its own, whose PATH has everything but g++."""
     for folder in ("/bin", "/usr/bin", "/usr/sbin"):

@@ -38,7 +38,8 @@ def plan(dataset: Dataset, *overrides: str) -> RunPlan:
     "override",
     [
         "cluster.workers=4", "cluster.zero_stage=3", "cluster.cpus_per_worker=2",
-        "cluster.collective_timeout_seconds=9", "run.log_every_steps=1", "run.keep_checkpoints=9", "run.checkpoint_every_steps=2", "evaluate.every_steps=3",
+        "cluster.collective_timeout_seconds=9", "run.log_every_steps=1",
+        "run.keep_checkpoints=9", "run.checkpoint_every_steps=2", "evaluate.every_steps=3",
         "evaluate.max_sequences=5", "evaluate.num_samples=1", "data.source=elsewhere.txt", "data.dir=/moved/here",
         "data.prepare.shard_bytes=8192",
     ],

@@ -223,8 +223,9 @@ class ClusterConfig(Section):
     """Training workers; null: one per GPU of the cluster, or two where there are none."""
     cpus_per_worker: Positive | None = None
     """CPUs (and threads) of a worker; null: an equal share of this machine."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters sharded."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO stage: 0 nothing sharded (fastest for a model that fits), 1 the optimizer's state,
+    2 the gradients too, 3 the parameters too."""
     collective_timeout_seconds: Positive = 600
     """A collective that waits longer fails the run."""
 
