@@ -117,7 +117,7 @@ Backbone = Annotated[
 class ModelConfig(Section):
     """Encoder, latent, decoder."""
 
-    embedding_dim: Positive = 256
+    embedding_dim: Positive = 128
     """Size of the token embeddings, shared by encoder and decoder."""
     encoder: Backbone = LstmConfig()
     decoder: Backbone = LstmConfig()
@@ -130,7 +130,7 @@ class ModelConfig(Section):
     a prefix position of a Transformer), or both."""
     tie_embeddings: bool = True
     """The output projection is the embedding matrix."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on embeddings and on the decoder's output."""
     word_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability that a decoder input token is replaced by <unk>."""
@@ -145,14 +145,14 @@ class ObjectiveConfig(Section):
     """Weight of the KL at step 0."""
     beta_warmup_fraction: Fraction = 0.4
     """Share of the run's steps over which beta goes linearly from beta_start to beta."""
-    free_bits_nats_per_dim: Annotated[float, Field(ge=0.0)] = 0.12
+    free_bits_nats_per_dim: Annotated[float, Field(ge=0.0)] = 0.15
     """Per example and dimension the KL counts at least this much (Li et al. 2019); 0 is off."""
 
 
 class OptimizerConfig(Section):
     """AdamW with warm-up and cosine decay."""
 
-    learning_rate: Annotated[float, Field(gt=0.0)] = 5e-3
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.012
     """Peak learning rate."""
     min_learning_rate_ratio: Fraction = 0.05
     """The cosine ends at this share of the peak."""
@@ -172,7 +172,7 @@ class TrainConfig(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds initialisation, order, noise and sampling."""
-    epochs: Annotated[float, Field(gt=0.0)] = 2.0
+    epochs: Annotated[float, Field(gt=0.0)] = 2.25
     """Passes over the training split."""
     steps: Positive | None = None
     """Optimizer steps; when given, `epochs` is not used."""

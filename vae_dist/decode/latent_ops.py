@@ -67,7 +67,7 @@ class TextModel:
             for ids, cut in zip(encoded, truncated, strict=True)
         ]
         for text, ids in zip(texts, kept, strict=True):
-            if len(ids) < 2:
+            if len(ids) < 2 or not text.strip():
                 raise DataError(f"The text {text!r} holds no token. Give at least one word.")
         return collate(Sequences.from_list(kept), np.arange(len(kept))).to(self._device), truncated
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def claim_run_dir(plan: RunPlan, provenance: dict[str, Any]) -> None:
                 "which names the run by its configuration), or restore those values to resume it."
             )
         return
-    if plan.run_dir.exists() and any(plan.run_dir.iterdir()):
+    # resolved.yaml alone is what a claim interrupted half way leaves.
+    if plan.run_dir.exists() and any(p.name not in ("resolved.yaml", "run.tmp") for p in plan.run_dir.iterdir()):
         raise CheckpointError(f"{plan.run_dir} is not empty and holds no run. Use another run.name or run.storage.")
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     (plan.run_dir / "resolved.yaml").write_text(dump_yaml(plan.config), encoding="utf-8")
@@ -109,7 +111,9 @@ def claim_run_dir(plan: RunPlan, provenance: dict[str, Any]) -> None:
         "data_dir": plan.data_dir,
         **provenance,
     }
-    record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+    temporary = record.with_suffix(".tmp")
+    temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+    os.replace(temporary, record)
 
 
 def _result_config(config: Config) -> dict[str, Any]:
