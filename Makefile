@@ -41,6 +41,10 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Rewrite the golden losses after a deliberate change; the commit says why.
+golden: $(VENV)/.installed-test
+	PYTHONPATH=.:kernels:tests $(BIN)/python tests/golden/test_golden.py $$(mktemp -d)
+
 # Rewrite requirements.lock from a fresh resolution of pyproject.toml.
 lock:
 	$(PYTHON) -m venv $(VENV)-lock
