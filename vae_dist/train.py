@@ -20,7 +20,7 @@ from vae_dist.config.load import load_config
 from vae_dist.config.schema import Config
 from vae_dist.data.dataset import Dataset
 from vae_dist.data.prepare import prepare_cached
-from vae_dist.engine.plan import RunPlan, claim_run_dir, plan_run
+from vae_dist.engine.plan import RunPlan, claim_run_dir, next_commands, plan_run
 from vae_dist.errors import VaeDistError
 from vae_dist.observe.console import fail, say, show_log
 from vae_dist.observe.versions import versions
@@ -75,8 +75,6 @@ def _launch(plan: RunPlan) -> int:
 
 
 def _say_next(plan: RunPlan) -> None:
-    from vae_dist.engine.finish import next_commands
-
     say(f"\nreport: {plan.run_dir / 'report.html'}\nnext:")
     for command in next_commands(plan):
         say(f"  {command}")

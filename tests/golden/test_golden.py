@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from support import TINY, corpus
+
 from vae_dist.config.load import load_config
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.batch import collate
@@ -26,7 +26,8 @@ from vae_dist.objective.schedule import beta_at
 GOLDEN = Path(__file__).parent / "losses.json"
 STEPS = 10
 TRANSFORMER = [
-    f"model.{side}={{kind: transformer, hidden_dim: 16, num_layers: 2, num_heads: 2}}" for side in ("encoder", "decoder")
+    f"model.{side}={{kind: transformer, hidden_dim: 16, num_layers: 2, num_heads: 2}}"
+    for side in ("encoder", "decoder")
 ]
 CASES = {"lstm": [], "transformer": TRANSFORMER, "free-bits": ["objective.free_bits_nats_per_dim=0.1"]}
 

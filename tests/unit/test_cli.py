@@ -52,9 +52,7 @@ def test_prepare_info_and_preview_agree(capsys: pytest.CaptureFixture[str], tmp_
     assert len(texts) == 3 and all(t.startswith("sentence number") for t in texts)
 
 
-def test_tokenizer_trained_alone_is_the_one_prepare_trains(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_tokenizer_trained_alone_is_the_one_prepare_trains(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = tmp_path / "corpus.txt"
     text.write_text("\n".join(f"Sentence number {i % 7} of the File" for i in range(300)), encoding="utf-8")
     options = ["--tokenizer", "word", "--lowercase", "--vocab-size", "12"]
@@ -63,9 +61,7 @@ def test_tokenizer_trained_alone_is_the_one_prepare_trains(
     assert alone["sha256"] == made["tokenizer_sha256"]
 
 
-def test_sample_reproduces_by_seed_and_rows_are_their_own(
-    capsys: pytest.CaptureFixture[str], model_dir: Path
-) -> None:
+def test_sample_reproduces_by_seed_and_rows_are_their_own(capsys: pytest.CaptureFixture[str], model_dir: Path) -> None:
     many = result(capsys, "sample", str(model_dir), "--num", "4", "--seed", "3")["texts"]
     one = result(capsys, "sample", str(model_dir), "--num", "1", "--seed", "5")["texts"]
     assert many[2] == one[0] and len(set(many)) == 4
@@ -127,7 +123,9 @@ def test_bad_input_is_one_message_and_status_two(
     assert named in refusal(capsys, *arguments)
 
 
-@pytest.mark.parametrize("arguments", [["sample", "M", "--num", "0"], ["sample", "M", "--temperature", "nan"], ["smaple"]])
+@pytest.mark.parametrize(
+    "arguments", [["sample", "M", "--num", "0"], ["sample", "M", "--temperature", "nan"], ["smaple"]]
+)
 def test_bad_flags_are_refused_by_the_parser(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)

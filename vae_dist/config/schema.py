@@ -37,7 +37,7 @@ class PrepareConfig(Section):
     """`bpe` (byte-level, any text), `word`, or the path of a Hugging Face tokenizer.json."""
     pre_tokenizer: Literal["whitespace", "words"] = "whitespace"
     """Word tokenizer: split at white space only (text that is tokenised already), or also around punctuation."""
-    vocab_size: Annotated[int, Field(ge=8, le=2**31 - 1)] = 4096
+    vocab_size: Annotated[int, Field(ge=8, le=2**31 - 1)] = 2048
     """Largest vocabulary, the special tokens (<pad> <s> </s> <unk>) included."""
     min_frequency: Positive = 1
     """Words or merges rarer than this in the training split are left out of the vocabulary."""
@@ -172,11 +172,11 @@ class TrainConfig(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds initialisation, order, noise and sampling."""
-    epochs: Annotated[float, Field(gt=0.0)] = 2.25
+    epochs: Annotated[float, Field(gt=0.0)] = 2.0
     """Passes over the training split."""
     steps: Positive | None = None
     """Optimizer steps; when given, `epochs` is not used."""
-    batch_sequences: Positive = 32
+    batch_sequences: Positive = 64
     """B, sequences in a global batch, whatever the number of workers."""
     micro_batch_tokens: Positive | None = None
     """Padded tokens a worker puts through the model at once; null: its whole share of the batch."""

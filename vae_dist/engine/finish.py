@@ -19,7 +19,7 @@ from vae_dist.data.special_ids import BOS_ID, PAD_ID
 from vae_dist.decode.generate import Decoding
 from vae_dist.decode.latent_ops import TextModel
 from vae_dist.engine.loop import Trained
-from vae_dist.engine.plan import RunPlan
+from vae_dist.engine.plan import RunPlan, next_commands
 from vae_dist.evaluate.latent import ACTIVE_UNIT_THRESHOLD, variance_of_mean
 from vae_dist.evaluate.likelihood import score_split, summarise, swapped_rec_per_seq
 from vae_dist.evaluate.ngram import KneserNeyBigram, Unigram
@@ -178,14 +178,3 @@ def read_all(split: Split, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         parts.append(split.read(first, min(65_536, count - first)))
     joined = type(parts[0]).concatenate(parts)
     return joined.tokens, joined.offsets
-
-
-def next_commands(plan: RunPlan) -> list[str]:
-    """What a person would do now."""
-    model = os.path.relpath(plan.run_dir / "model")
-    return [
-        f"vae-dist eval {model} {os.path.relpath(plan.data_dir)} --split test --importance-samples 100",
-        f"vae-dist sample {model} --num 10",
-        f"vae-dist interpolate {model} 'return the number of rows.' 'raise an error if the file is missing.'",
-        f"vae-dist serve {model}",
-    ]

@@ -116,6 +116,17 @@ def claim_run_dir(plan: RunPlan, provenance: dict[str, Any]) -> None:
     os.replace(temporary, record)
 
 
+def next_commands(plan: RunPlan) -> list[str]:
+    """What a person would do now."""
+    model = os.path.relpath(plan.run_dir / "model")
+    return [
+        f"vae-dist eval {model} {os.path.relpath(plan.data_dir)} --split test --importance-samples 100",
+        f"vae-dist sample {model} --num 10",
+        f"vae-dist interpolate {model} 'return the number of rows.' 'raise an error if the file is missing.'",
+        f"vae-dist serve {model}",
+    ]
+
+
 def _result_config(config: Config) -> dict[str, Any]:
     """The part of the configuration that changes the trained weights.
 

@@ -144,7 +144,11 @@ class TextVAE(nn.Module):
         return self.embedding.weight if self.output_weight is None else self.output_weight
 
     def _initialise(self) -> None:
-        """LSTMs keep torch's uniform start; embeddings give logits of unit variance for unit-norm inputs."""
+        """Embeddings give logits of unit variance for unit-norm inputs; LSTMs keep torch's uniform start.
+
+        Their forget gates open with a bias of 1, so that gradients reach far back from the first step
+        (Jozefowicz et al. 2015).
+        """
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.embedding_dim**-0.5)
@@ -152,6 +156,10 @@ class TextVAE(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LSTM):
+                for layer in range(module.num_layers):
+                    bias = getattr(module, f"bias_ih_l{layer}")
+                    nn.init.ones_(bias[module.hidden_size : 2 * module.hidden_size])
         if self.output_weight is not None:
             nn.init.normal_(self.output_weight, std=self.config.embedding_dim**-0.5)
 
