@@ -152,11 +152,11 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with warm-up and cosine decay."""
 
-    learning_rate: Annotated[float, Field(gt=0.0)] = 0.012
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.006
     """Peak learning rate."""
     min_learning_rate_ratio: Fraction = 0.05
     """The cosine ends at this share of the peak."""
-    warmup_steps: NonNegative = 100
+    warmup_steps: NonNegative = 200
     """Steps of linear warm-up."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
@@ -176,7 +176,7 @@ class TrainConfig(Section):
     """Passes over the training split."""
     steps: Positive | None = None
     """Optimizer steps; when given, `epochs` is not used."""
-    batch_sequences: Positive = 64
+    batch_sequences: Positive = 32
     """B, sequences in a global batch, whatever the number of workers."""
     micro_batch_tokens: Positive | None = None
     """Padded tokens a worker puts through the model at once; null: its whole share of the batch."""
