@@ -11,8 +11,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.errors import ConfigError, VaeDistError
-from vae_dist.observe.console import fail, say, show_log
+from vae_dist.observe.console import INTERRUPTED, fail, say, show_log
 
+# Seeds are added to row numbers and must stay inside 64 bits.
+_LARGEST = 2**62
 Command = Callable[[argparse.Namespace], dict[str, Any] | None]
 
 
@@ -29,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = parsed.command(parsed)
     except VaeDistError as error:
         return fail(error)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
     if result is not None:
         print(json.dumps(result, ensure_ascii=False))
     return 0
@@ -221,7 +226,7 @@ def _add_model_commands(commands: Any) -> None:
     one = _command(commands, "sample", sample, "texts from the prior")
     one.add_argument("model")
     one.add_argument("--num", type=_at_least(1), default=5)
-    one.add_argument("--prior-scale", type=float, default=1.0)
+    one.add_argument("--prior-scale", type=_at_least(0.0), default=1.0)
     _add_decoding(one, temperature=1.0)
     one = _command(commands, "reconstruct", reconstruct, "texts through the latent and back")
     one.add_argument("model")
@@ -240,7 +245,7 @@ def _add_model_commands(commands: Any) -> None:
     one = _command(commands, "serve", serve, "an HTTP endpoint through Ray Serve")
     one.add_argument("model")
     one.add_argument("--host", default="127.0.0.1")
-    one.add_argument("--port", type=int, default=8000)
+    one.add_argument("--port", type=_at_least(1), default=8000)
 
 
 def _add_decoding(parser: argparse.ArgumentParser, temperature: float) -> None:
@@ -257,8 +262,8 @@ def _at_least(minimum: float) -> Callable[[str], Any]:
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not value >= minimum:
-            raise argparse.ArgumentTypeError(f"{text} is below {minimum}")
+        if not minimum <= value <= _LARGEST:
+            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {_LARGEST}")
         return value
 
     parse.__name__ = "number" if kind is float else "whole number"

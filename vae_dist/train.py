@@ -22,7 +22,7 @@ from vae_dist.data.dataset import Dataset
 from vae_dist.data.prepare import prepare_cached
 from vae_dist.engine.plan import RunPlan, claim_run_dir, next_commands, plan_run
 from vae_dist.errors import VaeDistError
-from vae_dist.observe.console import fail, say, show_log
+from vae_dist.observe.console import INTERRUPTED, fail, say, show_log
 from vae_dist.observe.versions import versions
 
 
@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(config, started_at)
     except VaeDistError as error:
         return fail(error)
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from what is finished")
+        return INTERRUPTED
 
 
 def plan_only(arguments: Sequence[str]) -> tuple[RunPlan, Dataset]:
@@ -46,6 +49,11 @@ def plan_only(arguments: Sequence[str]) -> tuple[RunPlan, Dataset]:
 
 def run(config: Config, started_at: float) -> int:
     """Prepare the data, then train, or say that the run is finished."""
+    if "working_dir_files" in Path.cwd().parts and not Path(config.run.storage).is_absolute():
+        say(
+            f"warning: run.storage = {config.run.storage} lies in the job's unpacked working directory, which Ray "
+            "deletes some time after the job. Give an absolute path in storage that all nodes share."
+        )
     data_dir, dataset = _open_data(config)
     plan = plan_run(config, dataset, data_dir, started_at)
     claim_run_dir(plan, _provenance())
@@ -91,15 +99,22 @@ def _open_data(config: Config) -> tuple[str, Dataset]:
 
 
 def _provenance() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
     return {
-        "git_sha": commit.stdout.strip() if commit.returncode == 0 else None,
+        "git_sha": _git_sha(),
         "versions": versions(),
         "driver_host": socket.gethostname(),
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _git_sha() -> str | None:
+    """The checkout's commit; None where there is no checkout or no git."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -244,7 +244,7 @@ def test_bf16_agrees_with_fp32(
 
 def test_too_many_workers_is_one_clear_message(train: Callable[..., Finished], settings: list[str]) -> None:
     done = train(*settings, "run.name=many", "cluster.workers=8", timeout=60)
-    assert done.status == 2 and "8 workers" in done.err and "has 4" in done.err and "Traceback" not in done.err, (
+    assert done.status == 2 and "8 workers" in done.err and "room for 4" in done.err and "Traceback" not in done.err, (
         done.err
     )
 

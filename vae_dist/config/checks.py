@@ -12,6 +12,7 @@ def cross_field_problems(config: Config) -> list[str]:
         *_batch_problems(config),
         *_model_problems(config),
         *_length_problems(config),
+        *_storage_problems(config),
     ]
 
 
@@ -80,3 +81,9 @@ def _length_problems(config: Config) -> list[str]:
             f"{config.data.prepare.max_tokens}. Raise the first or lower the second."
         )
     return problems
+
+
+def _storage_problems(config: Config) -> list[str]:
+    if "://" not in config.run.storage:
+        return []
+    return [f"run.storage = {config.run.storage} is a URL; runs need a file system. Mount it, or give a directory."]

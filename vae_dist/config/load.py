@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -16,6 +17,16 @@ from vae_dist.config.schema import Config
 from vae_dist.errors import ConfigError
 
 KeyPath = tuple[str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-3 as text, for want of a point; everyone who writes it means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+_YAML_PROBLEMS = (yaml.YAMLError, ValueError, RecursionError)
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
@@ -75,9 +86,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         raise ConfigError(f"There is no configuration file {path}.{hint}")
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        node = yaml.compose(text, Loader=_Loader)
+        tree = yaml.load(text, Loader=_Loader)
+    except _YAML_PROBLEMS as error:
         raise ConfigError(f"{path} is not readable as YAML: {error}") from None
     if tree is None:
         return {}, {}
@@ -104,8 +115,8 @@ def _apply_override(tree: dict[str, Any], override: str, origin: dict[KeyPath, s
     if not separator or not all(keys):
         raise ConfigError(f"Override {override!r} is not of the form key.path=value, such as train.seed=1.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, Loader=_Loader)
+    except _YAML_PROBLEMS as error:
         raise ConfigError(f"The value in override {override!r} is not YAML: {error}") from None
     branch = tree
     for key in keys[:-1]:

@@ -19,7 +19,9 @@ NonNegative = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """Frozen, closed to unknown keys, and strict about types (no silent "3" -> 3)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class PrepareConfig(Section):
@@ -172,7 +174,7 @@ class TrainConfig(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds initialisation, order, noise and sampling."""
-    epochs: Annotated[float, Field(gt=0.0)] = 2.0
+    epochs: Annotated[float, Field(gt=0.0)] = 1.75
     """Passes over the training split."""
     steps: Positive | None = None
     """Optimizer steps; when given, `epochs` is not used."""
@@ -181,7 +183,7 @@ class TrainConfig(Section):
     micro_batch_tokens: Positive | None = None
     """Padded tokens a worker puts through the model at once; null: its whole share of the batch."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 on GPUs and on processors with AMX or AVX512-BF16, else fp32."""
+    """`auto`: bf16 on GPUs that have it and on processors with AMX, else fp32."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """Backend of the fused loss; `auto`: Triton on GPUs, torch on processors."""
     activation_checkpointing: bool = False
@@ -206,7 +208,7 @@ class RunConfig(Section):
 
     storage: str = "runs"
     """Directory of runs and of cached data sets; shared by all nodes of a cluster."""
-    name: str | None = None
+    name: Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")] | None = None
     """Run directory under `storage`; null: a hash of everything that changes the result."""
     log_every_steps: Positive = 20
     """Steps between two log lines."""
@@ -222,7 +224,7 @@ class ClusterConfig(Section):
     workers: Positive | None = None
     """Training workers; null: one per GPU of the cluster, or two where there are none."""
     cpus_per_worker: Positive | None = None
-    """CPUs (and threads) of a worker; null: an equal share of this machine."""
+    """CPUs (and threads) of a worker; null: an equal share of a node."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage: 0 nothing sharded (fastest for a model that fits), 1 the optimizer's state,
     2 the gradients too, 3 the parameters too."""

@@ -94,8 +94,10 @@ def commit(target: Path, state: dict[str, int], entries: list[dict[str, Any]]) -
 
 
 def retain(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for path in sorted(directory.glob("step-*"), reverse=True)[keep:]:
+    """Delete all but the newest `keep` finished checkpoints, and half-written ones."""
+    found = sorted(directory.glob("step-*"), reverse=True)
+    finished = [path for path in found if (path / "manifest.json").is_file()]
+    for path in set(found) - set(finished[:keep]):
         shutil.rmtree(path, ignore_errors=True)
 
 

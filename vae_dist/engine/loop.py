@@ -156,7 +156,9 @@ def _log(metrics: MetricsWriter | None, plan: RunPlan, step: int, window: Metric
 def _save(metrics: MetricsWriter | None, plan: RunPlan, step: int, window: MetricsWindow, engine: Any) -> None:
     started = time.monotonic()
     tokens_seen, loss = window.totals()
-    _require_finite(loss, plan, step)
+    # The loss is of the weights before the last update; the gradient's norm tells of the update itself.
+    norm = engine.get_global_grad_norm()
+    _require_finite(loss + (float(norm) if norm is not None else 0.0), plan, step)
     path = save_checkpoint(
         engine, plan.run_dir / "checkpoints", Progress(step, tokens_seen), plan.config.run.keep_checkpoints
     )

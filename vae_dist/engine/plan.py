@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class RunPlan:
     data_dir: str
     manifest_hash: str
     result_hash: str
+    splits: tuple[str, ...]
     total_steps: int
     steps_per_epoch: int
     evaluate_every: int
@@ -76,6 +78,7 @@ def plan_run(config: Config, dataset: Dataset, data_dir: str, started_at: float)
         data_dir=data_dir,
         manifest_hash=dataset.manifest_hash,
         result_hash=result_hash,
+        splits=tuple(dataset.splits),
         total_steps=total,
         steps_per_epoch=spec.steps_per_epoch,
         evaluate_every=config.evaluate.every_steps or max(1, -(-total // _REPORTS_PER_RUN)),
@@ -92,7 +95,10 @@ def claim_run_dir(plan: RunPlan, provenance: dict[str, Any]) -> None:
     """
     record = plan.run_dir / "run.json"
     if record.exists():
-        there = json.loads(record.read_text(encoding="utf-8"))
+        try:
+            there = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError:
+            raise CheckpointError(f"{record} is not readable. Restore it, or use another run.name.") from None
         if there["result_hash"] != plan.result_hash:
             raise CheckpointError(
                 f"{plan.run_dir} belongs to another run: {_differences(there, plan)}. Use another run.name (or null, "
@@ -117,12 +123,13 @@ def claim_run_dir(plan: RunPlan, provenance: dict[str, Any]) -> None:
 
 
 def next_commands(plan: RunPlan) -> list[str]:
-    """What a person would do now."""
-    model = os.path.relpath(plan.run_dir / "model")
+    """What a person would do now; absolute paths, fit for a shell."""
+    model, data = shlex.quote(str(plan.run_dir / "model")), shlex.quote(plan.data_dir)
+    split = next(name for name in ("test", "valid", "train") if name in plan.splits)
     return [
-        f"vae-dist eval {model} {os.path.relpath(plan.data_dir)} --split test --importance-samples 100",
+        f"vae-dist eval {model} {data} --split {split} --importance-samples 100",
         f"vae-dist sample {model} --num 10",
-        f"vae-dist interpolate {model} 'return the number of rows.' 'raise an error if the file is missing.'",
+        f"vae-dist interpolate {model} 'Return the number of rows.' 'Raise an error if the file is missing.'",
         f"vae-dist serve {model}",
     ]
 
@@ -135,6 +142,10 @@ def _result_config(config: Config) -> dict[str, Any]:
     sections = {name: getattr(config, name).model_dump(mode="json") for name in RESULT_SECTIONS}
     for key in ("source", "dir", "prepare"):
         sections["data"].pop(key)
+    # How a step is computed changes rounding at most; of epochs and steps only the one in force counts.
+    for key in ("kernels", "micro_batch_tokens", "activation_checkpointing"):
+        sections["train"].pop(key)
+    sections["train"].pop("steps" if config.train.steps is None else "epochs")
     return sections
 
 

@@ -12,6 +12,10 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     qualify: measured on such a processor, a bf16 training step took longer than an fp32 one.
     """
     if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else torch.cpu._is_amx_tile_supported()
+        )
         return torch.bfloat16 if fast else None
     return torch.bfloat16 if precision == "bf16" else None

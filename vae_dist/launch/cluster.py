@@ -49,24 +49,30 @@ def size_worker_group(config: Config) -> WorkerGroup:
         ConfigError: the number of workers does not divide the canonical streams.
         MachineError: the cluster has too few CPUs or GPUs.
     """
-    total = ray.cluster_resources()
-    gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = (sum(int(node.get(kind, 0)) for node in nodes) for kind in ("GPU", "CPU"))
     workers = config.cluster.workers or _default_workers(gpus, cpus, config.data.streams)
     problem = worker_problem(workers, config.data.streams)
     if problem:
         raise ConfigError(problem)
-    cpus_per_worker = config.cluster.cpus_per_worker or max(1, cpus // workers)
-    if gpus and workers > gpus:
+    largest = max(int(node.get("CPU", 0)) for node in nodes)
+    wanted = [config.cluster.cpus_per_worker] if config.cluster.cpus_per_worker else range(max(1, largest), 0, -1)
+    fitting = next((c for c in wanted if _capacity(nodes, c, bool(gpus)) >= workers), None)
+    if fitting is None:
+        each = f"{config.cluster.cpus_per_worker or 1} CPUs" + (" and a GPU" if gpus else "")
         raise MachineError(
-            f"cluster.workers = {workers}, but the Ray cluster has {gpus} GPUs and each worker needs one. Use "
-            f"cluster.workers={gpus} or fewer, or add nodes."
+            f"{workers} workers with {each} each do not fit on the Ray cluster, which has {cpus} CPUs and {gpus} GPUs "
+            f"on {len(nodes)} nodes: room for {_capacity(nodes, list(wanted)[-1], bool(gpus))}. Lower "
+            "cluster.workers or cluster.cpus_per_worker, or add nodes."
         )
-    if workers * cpus_per_worker > cpus:
-        raise MachineError(
-            f"{workers} workers with {cpus_per_worker} CPUs each need {workers * cpus_per_worker} CPUs, but the Ray "
-            f"cluster has {cpus}. Lower cluster.workers or cluster.cpus_per_worker, or add nodes."
-        )
-    return WorkerGroup(workers, cpus_per_worker, bool(gpus))
+    return WorkerGroup(workers, fitting, bool(gpus))
+
+
+def _capacity(nodes: list[dict[str, float]], cpus_per_worker: int, use_gpu: bool) -> int:
+    """Workers that fit, counted node by node: a worker cannot span two."""
+    fits = [int(node.get("CPU", 0)) // cpus_per_worker for node in nodes]
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    return sum(min(pair) for pair in zip(fits, gpus, strict=True)) if use_gpu else sum(fits)
 
 
 def _default_workers(gpus: int, cpus: int, streams: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from vae_dist.engine.plan import RunPlan
 from vae_dist.errors import RunError, VaeDistError
 from vae_dist.launch.cluster import WorkerGroup
 from vae_dist.launch.stop import StopFlag, StopPoller, signals_to
-from vae_dist.observe.metrics import read_metrics
+from vae_dist.observe.metrics import MetricsTail
 from vae_dist.observe.progress import format_record
 
 _FOLLOW_SECONDS = 0.5
@@ -96,16 +97,17 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     from ray.train.torch import get_device
 
     from vae_dist.engine.finish import finish
+    from vae_dist.engine.lock import only_writer
     from vae_dist.engine.loop import train
 
     plan: RunPlan = settings["plan"]
     context, device = ray.train.get_context(), get_device()
     if device.type == "cpu":
         torch.set_num_threads(settings["threads"])
-    trained = train(plan, device, StopPoller(settings["flag"]))
-    result = None
-    if trained.finished and context.get_world_rank() == 0:
-        result = finish(plan, trained, context.get_world_size(), device)
+    writes = context.get_world_rank() == 0
+    with only_writer(plan.run_dir) if writes else nullcontext():
+        trained = train(plan, device, StopPoller(settings["flag"]))
+        result = finish(plan, trained, context.get_world_size(), device) if trained.finished and writes else None
     return {"result": result, "steps": trained.steps}
 
 
@@ -141,10 +143,11 @@ class _Follower:
 
     def __init__(self, plan: RunPlan) -> None:
         self._plan, self._over = plan, threading.Event()
-        self._shown = len(read_metrics(plan.run_dir))
+        self._tail = MetricsTail(plan.run_dir)
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
 
     def __enter__(self) -> None:
+        self._tail.read_new()
         self._thread.start()
 
     def __exit__(self, *exception: object) -> None:
@@ -157,11 +160,7 @@ class _Follower:
             self._print_new()
 
     def _print_new(self) -> None:
-        records = read_metrics(self._plan.run_dir)
-        # A resumed run drops the records beyond its checkpoint, so the file can be shorter than before.
-        self._shown = min(self._shown, len(records))
-        for record in records[self._shown :]:
+        for record in self._tail.read_new():
             line = format_record(record, self._plan.total_steps)
             if line:
                 print(line, file=sys.stderr, flush=True)
-        self._shown = len(records)

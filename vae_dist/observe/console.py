@@ -7,6 +7,9 @@ import sys
 
 from vae_dist.errors import VaeDistError
 
+# What a shell reports for a command ended by Ctrl-C.
+INTERRUPTED = 130
+
 
 def show_log() -> None:
     """Send what this package logs (progress of long steps, what was skipped) to standard error."""

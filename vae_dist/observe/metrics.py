@@ -47,3 +47,30 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+class MetricsTail:
+    """Reads what was appended to metrics.jsonl since the last look, wherever the file was shortened meanwhile."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / FILE
+        self._seen: set[str] = set()
+        self._inode, self._offset = -1, 0
+
+    def read_new(self) -> list[dict[str, Any]]:
+        """Whole records not returned before."""
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                if os.fstat(file.fileno()).st_ino != self._inode:
+                    # A resumed run replaced the file: what it kept was shown already, what follows was not.
+                    self._inode, self._offset = os.fstat(file.fileno()).st_ino, 0
+                    known, self._seen = self._seen, set()
+                else:
+                    known = set()
+                file.seek(self._offset)
+                *lines, _ = file.read().split("\n")
+        except FileNotFoundError:
+            return []
+        self._offset += sum(len(line.encode()) + 1 for line in lines)
+        self._seen.update(lines)
+        return [json.loads(line) for line in lines if line and line not in known]

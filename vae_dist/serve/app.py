@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray import serve
 
@@ -27,6 +28,15 @@ api = FastAPI(title="vae_dist", version=__version__, description="Sample from a 
 async def refuse(request: Request, error: DataError) -> JSONResponse:
     """Text the model cannot take is the client's to mend."""
     return JSONResponse({"detail": error.message}, status_code=422)
+
+
+@api.exception_handler(RequestValidationError)
+async def explain(request: Request, error: RequestValidationError) -> JSONResponse:
+    """What is wrong and where, without echoing the input: it may be huge, NaN, or no valid Unicode."""
+    found = [
+        {"loc": [ascii(part) for part in e["loc"]], "msg": ascii(e["msg"]), "type": e["type"]} for e in error.errors()
+    ]
+    return JSONResponse({"detail": found}, status_code=422)
 
 
 @serve.deployment(max_ongoing_requests=64, ray_actor_options={"num_cpus": 1})

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MAX_ROWS = 64
 MAX_STEPS = 33
 MAX_TEXT_CHARACTERS = 4096
 
-InputText = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
+
+def _is_unicode(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no character."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("the text holds a lone surrogate, which is no character")
+    return text
+
+
+InputText = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARACTERS), AfterValidator(_is_unicode)]
 # Half of it keeps seed + index inside the signed 64 bits of the noise's counter.
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 
