@@ -237,7 +237,7 @@ def test_all_mistakes_are_listed_at_once(tmp_path: Path) -> None:
         ("train: {seed: '3'}", ("train.seed = '3'", "integer")),
         ("train: {batch_sequences: 1.5}", ("train.batch_sequences = 1.5", "integer")),
         ("model: {tie_embeddings: 1}", ("model.tie_embeddings = 1", "boolean")),
-        ("optimizer: {learning_rate: 1e-3}", ("optimizer.learning_rate = '1e-3'", "number")),
+        ("optimizer: {learning_rate: fast}", ("optimizer.learning_rate = 'fast'", "number")),
         ("model: {injection: prefix}", ("model.injection = 'prefix'", "'embedding', 'memory' or 'both'")),
         ("model: {encoder: {kind: gru}}", ("model.encoder", "'gru'", "lstm or transformer")),
         ("model: 3", ("model = 3", "dictionary")),
@@ -381,3 +381,14 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 
 def test_there_are_at_most_ten_shipped_configurations() -> None:
     assert len(CONFIGS) <= 10
+
+
+@pytest.mark.parametrize(("text", "value"), [("5e-3", 0.005), ("1E-4", 0.0001), ("2.e-2", 0.02), ("0.01", 0.01)])
+def test_scientific_notation_is_a_number(text: str, value: float) -> None:
+    assert load_config(None, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == value
+
+
+def test_infinity_and_paths_in_names_are_refused() -> None:
+    for override in ("train.epochs=.inf", "objective.beta=.nan", "run.name=a/../../b", "run.storage=s3://bucket/runs"):
+        with pytest.raises(ConfigError):
+            load_config(None, [override])

@@ -63,14 +63,14 @@ def train(plan: RunPlan, device: torch.device, should_stop: Callable[[], bool]) 
         step += 1
         last = step == plan.total_steps
         if last or step % config.run.log_every_steps == 0:
-            _log(metrics, plan, step, window, engine)
+            _log(metrics, plan, step, window, train_step)
         if last or step % plan.checkpoint_every == 0:
-            _save(metrics, plan, step, window, engine)
+            _save(metrics, plan, step, window, train_step)
         if "valid" in dataset.splits and (last or step % plan.evaluate_every == 0):
             _validate(metrics, plan, step, engine, dataset)
             window.skip_time()
     if stopped:
-        _save(metrics, plan, step, window, engine)
+        _save(metrics, plan, step, window, train_step)
     weights = full_weights(engine)
     if metrics:
         metrics.close()
@@ -137,15 +137,14 @@ def _open_metrics(plan: RunPlan, loaded: Loaded, engine: Any) -> MetricsWriter |
     return metrics
 
 
-def _log(metrics: MetricsWriter | None, plan: RunPlan, step: int, window: MetricsWindow, engine: Any) -> None:
+def _log(metrics: MetricsWriter | None, plan: RunPlan, step: int, window: MetricsWindow, train_step: TrainStep) -> None:
     """Reduce the window over ranks, check that the loss is finite, write it."""
     values = window.reduce()
     _require_finite(values["elbo_per_seq"], plan, step)
-    norm = engine.get_global_grad_norm()
     values |= {
         "beta": beta_at(step - 1, plan.total_steps, plan.config.objective),
         "learning_rate": learning_rate_at(step - 1, plan.total_steps, plan.config.optimizer),
-        "grad_norm": float(norm) if norm is not None else None,
+        "grad_norm": train_step.gradient_norm(),
         "epoch": step / plan.steps_per_epoch,
         "seconds_left": (plan.total_steps - step) * values["step_seconds"],
     }
@@ -153,14 +152,15 @@ def _log(metrics: MetricsWriter | None, plan: RunPlan, step: int, window: Metric
         metrics.write("train", step, values)
 
 
-def _save(metrics: MetricsWriter | None, plan: RunPlan, step: int, window: MetricsWindow, engine: Any) -> None:
+def _save(
+    metrics: MetricsWriter | None, plan: RunPlan, step: int, window: MetricsWindow, train_step: TrainStep
+) -> None:
     started = time.monotonic()
     tokens_seen, loss = window.totals()
     # The loss is of the weights before the last update; the gradient's norm tells of the update itself.
-    norm = engine.get_global_grad_norm()
-    _require_finite(loss + (float(norm) if norm is not None else 0.0), plan, step)
+    _require_finite(loss + (train_step.gradient_norm() or 0.0), plan, step)
     path = save_checkpoint(
-        engine, plan.run_dir / "checkpoints", Progress(step, tokens_seen), plan.config.run.keep_checkpoints
+        train_step.engine, plan.run_dir / "checkpoints", Progress(step, tokens_seen), plan.config.run.keep_checkpoints
     )
     if metrics:
         name = str(path.relative_to(plan.run_dir))

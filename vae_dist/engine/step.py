@@ -20,6 +20,7 @@ class TrainStep:
     def __init__(self, engine: deepspeed.DeepSpeedEngine, config: Config, total_steps: int) -> None:
         self.engine, self.config, self.total_steps = engine, config, total_steps
         self.device = next(engine.module.parameters()).device
+        self._stage_zero_norm: torch.Tensor | None = None
 
     def batches(self, share: Share, should_stop: bool) -> tuple[list[Batch], bool]:
         """This rank's micro-batches, as many as the rank with the most has, and whether any rank must stop.
@@ -50,6 +51,18 @@ class TrainStep:
             # The loss is normalised already (see loss_scale).
             engine.backward(loss, scale_wrt_gas=False)
             sums = terms if sums is None else sums.plus(terms)
+        self._measure_gradient()
         engine.step()
         assert sums is not None
         return sums
+
+    def gradient_norm(self) -> float | None:
+        """Global L2 norm of the last step's gradient before clipping; None before the first step."""
+        norm = self.engine.get_global_grad_norm() if self._stage_zero_norm is None else self._stage_zero_norm
+        return None if norm is None else float(norm)
+
+    def _measure_gradient(self) -> None:
+        """At ZeRO-0 DeepSpeed clips and forgets the norm; it stays on the device until it is asked for."""
+        if self.engine.zero_optimization_stage() == 0:
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            self._stage_zero_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

@@ -39,6 +39,19 @@ async def explain(request: Request, error: RequestValidationError) -> JSONRespon
     return JSONResponse({"detail": found}, status_code=422)
 
 
+# Above the class: `serve.ingress` pickles the application, with what it refers to, when it is applied.
+def _seed(body: schemas.DecodingOptions) -> int:
+    return secrets.randbelow(2**31) if body.seed is None else body.seed
+
+
+def _choice(index: int, text: str, row: Generated) -> dict[str, Any]:
+    return {"index": index, "text": text, "finish_reason": _finish(row), "log_prob": row.log_prob}
+
+
+def _finish(row: Generated) -> Literal["stop", "length"]:
+    return "stop" if row.finished else "length"
+
+
 @serve.deployment(max_ongoing_requests=64, ray_actor_options={"num_cpus": 1})
 @serve.ingress(api)
 class TextVaeService:
@@ -120,15 +133,3 @@ class TextVaeService:
 
     def _envelope(self, seed: int) -> dict[str, Any]:
         return {"model": self._name, "created": int(time.time()), "seed": seed}
-
-
-def _seed(body: schemas.DecodingOptions) -> int:
-    return secrets.randbelow(2**31) if body.seed is None else body.seed
-
-
-def _choice(index: int, text: str, row: Generated) -> dict[str, Any]:
-    return {"index": index, "text": text, "finish_reason": _finish(row), "log_prob": row.log_prob}
-
-
-def _finish(row: Generated) -> Literal["stop", "length"]:
-    return "stop" if row.finished else "length"
