@@ -117,6 +117,7 @@ def test_one_worker_gives_the_same_curve(
     assert ours["elbo_per_seq"] == pytest.approx(theirs["elbo_per_seq"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_triton_backend_gives_the_same_curve(
     train: Callable[..., Finished], settings: list[str], uninterrupted: Path, storage: Path
 ) -> None:
@@ -136,6 +137,7 @@ def test_triton_backend_gives_the_same_curve(
     assert beginning(storage / "triton")["kernels"] == "triton" and beginning(storage / "torch")["kernels"] == "torch"
 
 
+@pytest.mark.long
 def test_triton_without_gpu_is_refused_and_not_replaced(train: Callable[..., Finished], settings: list[str]) -> None:
     done = train(*settings, "run.name=refused", "train.kernels=triton", environment={"TRITON_INTERPRET": "0"})
     assert done.status == 2 and "TRITON_INTERPRET=1" in done.err and "Traceback" not in done.err, done.err
@@ -175,6 +177,7 @@ def test_killed_run_resumes_to_the_same_end(
     assert ours == theirs
 
 
+@pytest.mark.long
 def test_interrupt_saves_and_the_same_command_resumes(
     ray_cluster: RayCluster, train: Callable[..., Finished], long_settings: list[str], long_run: Path, storage: Path
 ) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 from support import RayCluster, run_command
 
 
+@pytest.mark.long
 def test_ptb_trains_and_its_test_split_is_counted_exactly(ptb: Path, ray_cluster: RayCluster, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vae_dist.train", "configs/ptb.yaml", f"data.source={ptb}"]
     settings = [f"run.storage={tmp_path}", "run.name=ptb", "train.steps=20", "evaluate.max_sequences=64"]

@@ -16,7 +16,7 @@ def job_settings(storage: Path, dataset_dir: Path) -> list[str]:
     return [*TINY, f"run.storage={storage}", "run.name=job", f"data.dir={dataset_dir}", "train.steps=6"]
 
 
-@pytest.mark.parametrize("how", ["working directory", "installed"])
+@pytest.mark.parametrize("how", ["working directory", pytest.param("installed", marks=pytest.mark.long)])
 def test_job_trains_to_the_end(how: str, ray_cluster: RayCluster, dataset_dir: Path, tmp_path: Path) -> None:
     where = ["--working-dir", "."] if how == "working directory" else []
     submit = ["ray", "job", "submit", "--address", ray_cluster.dashboard, *where, "--"]
@@ -39,6 +39,7 @@ def test_wrong_token_is_refused(ray_cluster: RayCluster, tmp_path: Path) -> None
     assert done.status != 0
 
 
+@pytest.mark.long
 def test_failed_job_has_the_exit_status_and_one_message(ray_cluster: RayCluster) -> None:
     submit = ["ray", "job", "submit", "--address", ray_cluster.dashboard, "--working-dir", ".", "--"]
     done = run_command([*submit, *ENTRY, "train.sed=3"], ray_cluster.environment, timeout=120)

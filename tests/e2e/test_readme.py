@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_every_command_works_as_written(folder: Path, ray_cluster: RayCluster) -> None:
     paths = [str(ROOT), str(ROOT / "kernels")]
     environment = {**os.environ, **ray_cluster.environment, "PYTHONPATH": os.pathsep.join(paths)}

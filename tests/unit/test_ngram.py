@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +17,6 @@ from vae_dist.evaluate.ngram import KneserNeyBigram, Sequences, Unigram
 
 PAD, BOS, EOS = 0, 1, 2
 EXCLUDED = (PAD, BOS)
-DATA = Path(os.environ.get("VAE_DIST_DATA", Path(__file__).parents[2] / "../shared/data"))
 
 Corpus = list[list[int]]
 
@@ -165,12 +163,11 @@ def test_a_large_vocabulary_needs_no_square_matrix_and_no_32_bit_key_overflows()
     assert p.argmax() == tokens[-1]
 
 
-@pytest.mark.skipif(not (DATA / "ptb" / "train.txt").exists(), reason=f"no PTB in {DATA}/ptb (set VAE_DIST_DATA)")
-def test_ptb_perplexity_is_the_published_one() -> None:
+def test_ptb_perplexity_is_the_published_one(ptb: Path) -> None:
     ids = {"<pad>": PAD, "<s>": BOS, "</s>": EOS}
     splits = {}
     for name in ("train", "test"):
-        lines = (DATA / "ptb" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        lines = (ptb / f"{name}.txt").read_text(encoding="utf-8").splitlines()
         splits[name] = [[ids.setdefault(word, len(ids)) for word in line.split()] + [EOS] for line in lines]
     train, test = pack(splits["train"]), pack(splits["test"])
     assert (len(ids), len(test[0])) == (10_002, 82_430)

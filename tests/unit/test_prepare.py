@@ -28,7 +28,6 @@ from vae_dist.data.prepare import prepare, prepare_cached, split_of
 from vae_dist.errors import DataError, MachineError
 
 ROOT = Path(__file__).resolve().parents[2]
-PTB = Path(os.environ.get("VAE_DIST_DATA", ROOT / "../shared/data")).resolve() / "ptb"
 ONLY_TRAIN = {"valid_fraction": 0.0, "test_fraction": 0.0}
 
 
@@ -375,15 +374,14 @@ def test_manifest_holds_what_is_promised(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(manifest)
 
 
-@pytest.mark.skipif(not PTB.is_dir(), reason=f"PTB is not at {PTB}; set VAE_DIST_DATA to the folder that holds ptb/")
-def test_ptb_counts(tmp_path: Path) -> None:
+def test_ptb_counts(ptb: Path, tmp_path: Path) -> None:
     """The published sizes of the benchmark: tokens count one end of sequence a line."""
-    dataset = prepare(str(PTB), tmp_path / "out", word(vocab_size=20_000))
+    dataset = prepare(str(ptb), tmp_path / "out", word(vocab_size=20_000))
     counts = {name: (dataset.split(name).sequences, dataset.split(name).tokens) for name in dataset.splits}
     assert counts == {"train": (42_068, 929_589), "valid": (3_370, 73_760), "test": (3_761, 82_430)}
     # 9,999 words, of which <unk> is one of the four special tokens.
     assert dataset.tokenizer.vocab_size == 9_999 - 1 + 4
-    lines = (PTB / "test.txt").read_text(encoding="utf-8").split("\n")
+    lines = (ptb / "test.txt").read_text(encoding="utf-8").split("\n")
     unknown = sum(line.split().count("<unk>") for line in lines)
     facts = dataset.manifest["splits"]["test"]
     assert facts["unknown_tokens"] == unknown

@@ -34,7 +34,7 @@ def mutual_information(mean: np.ndarray, logvar: np.ndarray, z: np.ndarray) -> f
     """I_q(x; z) = E log q(z | x) - E log q(z), nats (Hoffman and Johnson 2016; estimator of Li et al. 2019).
 
     The first term is analytic; the second uses one z per sequence and q(z) = mean of all n posteriors, the
-    sequence's own included, so the value cannot exceed log n. At most 10,000 sequences are used.
+    sequence's own included, so the value saturates near log n. At most 10,000 sequences are used.
     """
     n = min(len(mean), _MUTUAL_INFORMATION_SEQUENCES)
     mean, logvar, z = (a[:n].astype(np.float64) for a in (mean, logvar, z))

@@ -44,8 +44,8 @@ class LstmEncoder(nn.Module):
 class LstmDecoder(nn.Module):
     """Autoregressive LSTM conditioned on z.
 
-    `embedding`: a projection of z is added to every input (equal to concatenating z to the input, as the
-    input weights are linear, for D <= E). `memory`: h0 = tanh(W z), c0 = W z (He et al. 2019).
+    `embedding`: a projection of z is added to every input embedding.
+    `memory`: h0 = tanh(W z), c0 = W z (He et al. 2019).
     """
 
     def __init__(self, config: LstmConfig, embedding_dim: int, latent_dim: int, injection: str, dropout: float) -> None:

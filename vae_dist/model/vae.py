@@ -144,7 +144,7 @@ class TextVAE(nn.Module):
         return self.embedding.weight if self.output_weight is None else self.output_weight
 
     def _initialise(self) -> None:
-        """Embeddings give logits of unit variance for unit-norm inputs; LSTMs keep torch's uniform start.
+        """Embeddings have rows of about unit norm; LSTMs keep torch's uniform start.
 
         Their forget gates open with a bias of 1, so that gradients reach far back from the first step
         (Jozefowicz et al. 2015).
