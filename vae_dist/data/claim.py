@@ -34,7 +34,10 @@ def claimed(directory: Path) -> Iterator[bool]:
     """
     marker = directory / MARKER
     try:
-        if directory.exists() and not marker.exists() and any(directory.iterdir()) and not is_finished(directory):
+        # Looked at in this order, another writer is never taken for a stranger: its marker comes before its
+        # files and goes after its manifest.
+        there = directory.exists() and any(directory.iterdir())
+        if there and not marker.exists() and not is_finished(directory):
             raise DataError(f"{directory} is not empty and holds no data set. Choose another directory.")
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(marker, "a")  # noqa: SIM115
