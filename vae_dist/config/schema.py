@@ -174,7 +174,7 @@ class TrainConfig(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seeds initialisation, order, noise and sampling."""
-    epochs: Annotated[float, Field(gt=0.0)] = 1.75
+    epochs: Annotated[float, Field(gt=0.0)] = 2.5
     """Passes over the training split."""
     steps: Positive | None = None
     """Optimizer steps; when given, `epochs` is not used."""
