@@ -53,6 +53,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_ADDRESS": f"127.0.0.1:{port}",
+        # Stop at once: nothing is left to drain when the tests are over.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     start = ["ray", "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4", "--block"]
@@ -65,7 +67,9 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
     )
     url = f"http://127.0.0.1:{dashboard}"
     try:
-        wait_for(lambda: answers(dashboard), 90, f"the Ray head node:\n{(home / 'ray.log').read_text()[-2000:]}")
+        wait_for(
+            lambda: answers(dashboard), 90, lambda: f"the Ray head node:\n{(home / 'ray.log').read_text()[-2000:]}"
+        )
         yield RayCluster(environment, url)
     finally:
         head.send_signal(signal.SIGTERM)

@@ -81,14 +81,14 @@ def start_command(arguments: list[str], environment: dict[str, str] | None = Non
     )
 
 
-def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float, what: str | Callable[[], str]) -> None:
     """Poll until `condition` holds; fails the test after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
             return
         time.sleep(0.1)
-    pytest.fail(f"waited {seconds} s for {what}")
+    pytest.fail(f"waited {seconds} s for {what() if callable(what) else what}")
 
 
 def free_port() -> int:

@@ -48,12 +48,11 @@ def data_prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 def data_info(args: argparse.Namespace) -> dict[str, Any]:
     from vae_dist.data.dataset import Dataset
-    from vae_dist.data.info import describe, length_histogram
+    from vae_dist.data.info import describe, render_info
 
-    dataset = Dataset.open(args.dir)
-    for split in dataset.splits:
-        say(length_histogram(dataset, split))
-    return describe(dataset)
+    facts = describe(Dataset.open(args.dir))
+    say(render_info(facts))
+    return facts
 
 
 def data_preview(args: argparse.Namespace) -> dict[str, Any]:
@@ -173,7 +172,7 @@ def _decoding(args: argparse.Namespace, model: Any) -> Any:
     from vae_dist.decode.generate import Decoding
 
     longest = min(args.max_tokens or model.max_tokens, model.max_tokens)
-    return Decoding(args.temperature, args.top_k, args.top_p, longest)
+    return Decoding(args.temperature, args.top_k, args.top_p, longest, args.allow_unknown)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -254,6 +253,7 @@ def _add_decoding(parser: argparse.ArgumentParser, temperature: float) -> None:
     parser.add_argument("--top-k", type=_at_least(0), default=0)
     parser.add_argument("--top-p", type=_at_least(0.0), default=1.0)
     parser.add_argument("--max-tokens", type=_at_least(1))
+    parser.add_argument("--allow-unknown", action="store_true", help="let the model write <unk>")
 
 
 def _at_least(minimum: float) -> Callable[[str], Any]:

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vae_dist.config.load import load_config
+from vae_dist.config.schema import ModelConfig
 from vae_dist.data.dataset import Dataset
-from vae_dist.engine.checkpoint_files import newest_whole, read_progress, read_states
+from vae_dist.engine.checkpoint_files import Progress, newest_whole, read_progress, read_states
 from vae_dist.errors import ModelError
 from vae_dist.export.model_dir import copy_model, find_model_dir, load_model, write_model
 
-OBJECTIVE_PREFIX = "vae."
+# DeepSpeed wraps the objective, which holds the model under this name.
+_OBJECTIVE_PREFIX = "vae."
 
 
 def export_run(run: Path, out: Path) -> dict[str, Any]:
@@ -39,13 +43,19 @@ def _export_checkpoint(run: Path, out: Path) -> None:
         raise ModelError(f"{run} has no whole checkpoint to export. Let it run longer.")
     identity = json.loads((run / "run.json").read_text(encoding="utf-8"))
     dataset, config = Dataset.open(identity["data_dir"]), load_config(run / "resolved.yaml")
-    progress = read_progress(checkpoint)
-    weights = {s.name.removeprefix(OBJECTIVE_PREFIX): s.weight for s in read_states(checkpoint).values()}
+    weights = {name: state.weight for name, state in read_states(checkpoint).items()}
+    write_run_model(out, weights, config.model, dataset, run.name, read_progress(checkpoint))
+
+
+def write_run_model(
+    out: Path, weights: dict[str, torch.Tensor], model: ModelConfig, dataset: Dataset, run: str, progress: Progress
+) -> None:
+    """Write a model directory from the engine's named weights."""
     write_model(
         out,
-        weights,
-        config.model,
+        {name.removeprefix(_OBJECTIVE_PREFIX): weight for name, weight in weights.items()},
+        model,
         dataset.tokenizer,
         dataset.split("train").max_tokens,
-        {"run": run.name, "steps": progress.step, "tokens_seen": progress.tokens_seen},
+        {"run": run, "steps": progress.step, "tokens_seen": progress.tokens_seen},
     )

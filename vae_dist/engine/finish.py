@@ -18,13 +18,16 @@ from vae_dist.data.dataset import Dataset, Split
 from vae_dist.data.special_ids import BOS_ID, PAD_ID
 from vae_dist.decode.generate import Decoding
 from vae_dist.decode.latent_ops import TextModel
+from vae_dist.engine.checkpoint_files import Progress
+from vae_dist.engine.export_run import write_run_model
 from vae_dist.engine.loop import Trained
 from vae_dist.engine.plan import RunPlan, next_commands
+from vae_dist.engine.precision import autocast_dtype
 from vae_dist.evaluate.latent import ACTIVE_UNIT_THRESHOLD, variance_of_mean
 from vae_dist.evaluate.likelihood import score_split, summarise, swapped_rec_per_seq
 from vae_dist.evaluate.ngram import KneserNeyBigram, Unigram
 from vae_dist.evaluate.text_metrics import distinct_n, sequence_hashes, verbatim_fraction
-from vae_dist.export.model_dir import load_model, write_model
+from vae_dist.export.model_dir import load_model
 from vae_dist.model.vae import count_parameters
 from vae_dist.observe.metrics import read_metrics
 from vae_dist.observe.report import write_report
@@ -51,17 +54,11 @@ def finish(plan: RunPlan, trained: Trained, workers: int, device: torch.device) 
     """Write `model/`, `report.html` and `result.json`; returns the result, the run's JSON line."""
     if device.type == "cpu":
         # The other workers are done: this one may use the whole machine.
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     dataset = Dataset.open(plan.data_dir)
-    write_model(
-        plan.run_dir / "model",
-        trained.weights,
-        plan.config.model,
-        dataset.tokenizer,
-        dataset.split("train").max_tokens,
-        {"run": plan.run_dir.name, "steps": trained.steps, "tokens_seen": trained.tokens_seen},
-    )
-    loaded = load_model(plan.run_dir / "model", device)
+    model_dir, progress = plan.run_dir / "model", Progress(trained.steps, trained.tokens_seen)
+    write_run_model(model_dir, trained.weights, plan.config.model, dataset, plan.run_dir.name, progress)
+    loaded = load_model(model_dir, device)
     model = TextModel(loaded.vae, loaded.tokenizer, loaded.max_tokens)
     report = _compose(plan, trained, dataset, model, workers, device)
     write_report(report, plan.run_dir / "report.html")
@@ -106,7 +103,7 @@ def _compose(
         "step_seconds_median": statistics.median([r["step_seconds"] for r in curves["train"]] or [0.0]),
         "workers": workers,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
-        "precision": plan.config.train.precision,
+        "precision": "bf16" if autocast_dtype(plan.config.train.precision, device) else "fp32",
     }
     report["headline"] = {
         "run_dir": str(plan.run_dir),

@@ -33,7 +33,7 @@ from vae_kernels import resolve_backend
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves on every rank: whole float32 weights and where the loop ended."""
+    """What training leaves on every rank: whole float32 weights by the engine's names, and where the loop ended."""
 
     weights: dict[str, torch.Tensor]
     steps: int
@@ -75,8 +75,7 @@ def train(plan: RunPlan, device: torch.device, should_stop: Callable[[], bool]) 
     if metrics:
         metrics.close()
     engine.destroy()
-    tokens = window.tokens_seen
-    return Trained({_vae_name(n): w for n, w in weights.items()}, step, tokens, finished=not stopped)
+    return Trained(weights, step, window.tokens_seen, finished=not stopped)
 
 
 def _build(config: Config, vocab_size: int, device: torch.device) -> deepspeed.DeepSpeedEngine:
@@ -190,7 +189,3 @@ def _validate(metrics: MetricsWriter | None, plan: RunPlan, step: int, engine: A
     )
     if metrics and scores is not None:
         metrics.write("valid", step, summarise(scores))
-
-
-def _vae_name(name: str) -> str:
-    return name.removeprefix("vae.")

@@ -59,6 +59,7 @@ class MetricsWindow:
             "kl_per_seq": kl,
             "kl_counted_per_seq": float(sums.kl_counted) / count,
             "nll_per_token": (rec + kl) * count / tokens,
+            "kl_per_dim": (sums.kl_per_dim / count).tolist(),
             "active_units": int((variance >= ACTIVE_UNIT_THRESHOLD).sum()),
             "tokens_per_second": tokens / self._seconds,
             "step_seconds": self._seconds / self._steps,

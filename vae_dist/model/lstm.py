@@ -19,7 +19,10 @@ LstmState = tuple[torch.Tensor, torch.Tensor]
 
 
 class LstmEncoder(nn.Module):
-    """Embeddings to one vector a sequence: the last hidden state, of both directions when bidirectional."""
+    """Embeddings to one vector a sequence: the last hidden state, of both directions when bidirectional.
+
+    The directions are stacks of their own: with several layers they meet only in the result.
+    """
 
     def __init__(self, config: LstmConfig, embedding_dim: int, bidirectional: bool, dropout: float) -> None:
         super().__init__()

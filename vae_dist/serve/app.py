@@ -129,7 +129,8 @@ class TextVaeService:
 
     def _decoding(self, body: schemas.DecodingOptions) -> Decoding:
         longest = self._loaded.max_tokens
-        return Decoding(body.temperature, body.top_k, body.top_p, min(body.max_tokens or longest, longest))
+        longest = min(body.max_tokens or longest, longest)
+        return Decoding(body.temperature, body.top_k, body.top_p, longest, body.allow_unknown)
 
     def _envelope(self, seed: int) -> dict[str, Any]:
         return {"model": self._name, "created": int(time.time()), "seed": seed}

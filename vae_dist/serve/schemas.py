@@ -40,6 +40,8 @@ class DecodingOptions(Request):
     """Keep the likeliest tokens up to this mass."""
     max_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Default and upper bound: the model's longest sequence."""
+    allow_unknown: bool = False
+    """Let the model write <unk>; by default its mass goes to the other tokens."""
     seed: Seed | None = None
     """Echoed in the answer and reproduces it; drawn at random when absent."""
 
