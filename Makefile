@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VAE_DIST_DATA ?= ../shared/data
 export VAE_DIST_DATA
 
-.PHONY: install train test test-all lint format lock golden clean
+.PHONY: install train test test-all lint format lock golden bench-data bench-peers clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +44,18 @@ format: $(VENV)/.installed-test
 # Rewrite the golden losses after a deliberate change; the commit says why.
 golden: $(VENV)/.installed-test
 	PYTHONPATH=.:kernels:tests $(BIN)/python tests/golden/test_golden.py $$(mktemp -d)
+
+# Compare the training stream with other data loaders; ARGS=--help says how. Peers that cannot be installed are named.
+bench-data: $(VENV)/.installed
+	-@$(MAKE) --no-print-directory bench-peers
+	@$(BIN)/python tests/bench/data_loaders.py $(ARGS)
+
+bench-peers: .bench/arrow/.installed .bench/mosaic/.installed
+
+.bench/%/.installed: tests/bench/requirements-%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 # Rewrite requirements.lock from a fresh resolution of pyproject.toml.
 lock:

@@ -7,7 +7,8 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.errors import ConfigError, VaeDistError
@@ -42,8 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def data_prepare(args: argparse.Namespace) -> dict[str, Any]:
     from vae_dist.data.info import describe
     from vae_dist.data.prepare import prepare
+    from vae_dist.launch.prepare import executor
+    from vae_dist.observe.preparing import show_preparing
 
-    return describe(prepare(args.source, Path(args.out), _prepare_options(args)))
+    run, progress = executor(args.workers), show_preparing()
+    return describe(prepare(args.source, args.out, _prepare_options(args), run=run, progress=progress))
 
 
 def data_info(args: argparse.Namespace) -> dict[str, Any]:
@@ -66,12 +70,12 @@ def data_preview(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.data.prepare import training_texts
-    from vae_dist.data.sources import open_source
-    from vae_dist.data.tokenizer import build_tokenizer
+    from vae_dist.data.prepare import train_tokenizer
+    from vae_dist.launch.prepare import executor
+    from vae_dist.observe.preparing import show_preparing
 
-    options, out = _prepare_options(args), Path(args.out)
-    tokenizer = build_tokenizer(training_texts(open_source(args.source, options, out.parent), options), options)
+    out, run, progress = Path(args.out), executor(args.workers), show_preparing()
+    tokenizer = train_tokenizer(args.source, _prepare_options(args), out.parent, run=run, progress=progress)
     tokenizer.save(out)
     return {"path": str(out), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
 
@@ -271,17 +275,27 @@ def _at_least(minimum: float) -> Callable[[str], Any]:
 
 
 def _add_prepare_options(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of PrepareConfig, so that file and flags cannot differ."""
+    """--workers, and one flag per field of PrepareConfig, so that file and flags cannot differ."""
+    workers = "local processes where there is no Ray cluster; default: one for each CPU"
+    parser.add_argument("--workers", type=_at_least(1), metavar="N", help=workers)
     for name, field in PrepareConfig.model_fields.items():
         options: dict[str, Any] = {"help": f"{field.description} Default: {field.default}.", "dest": name}
-        if field.annotation is bool:
+        kind = _flag_type(field.annotation)
+        if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif get_origin(field.annotation) is Literal:
-            options["choices"] = get_args(field.annotation)
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
         else:
-            options |= {"type": type(field.default), "metavar": type(field.default).__name__.upper()}
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
         options["help"] = options["help"].replace("%", "%%")
         parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **options)
+
+
+def _flag_type(annotation: Any) -> Any:
+    """The type of a flag's value: without None, which is the flag left out, and without bounds."""
+    if get_origin(annotation) in (Union, UnionType):
+        return _flag_type(next(kind for kind in get_args(annotation) if kind is not type(None)))
+    return annotation.__origin__ if get_origin(annotation) is Annotated else annotation
 
 
 def _prepare_options(args: argparse.Namespace) -> PrepareConfig:

@@ -18,11 +18,13 @@ from typing import Any
 
 from vae_dist.config.load import load_config
 from vae_dist.config.schema import Config
-from vae_dist.data.dataset import Dataset
 from vae_dist.data.prepare import prepare_cached
+from vae_dist.data.training_data import TrainingData, open_training_data
 from vae_dist.engine.plan import RunPlan, claim_run_dir, next_commands, plan_run
 from vae_dist.errors import VaeDistError
+from vae_dist.launch.prepare import executor
 from vae_dist.observe.console import INTERRUPTED, fail, say, show_log
+from vae_dist.observe.preparing import show_preparing
 from vae_dist.observe.versions import versions
 
 
@@ -40,11 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def plan_only(arguments: Sequence[str]) -> tuple[RunPlan, Dataset]:
+def plan_only(arguments: Sequence[str]) -> tuple[RunPlan, TrainingData]:
     """The plan of a command line, its data prepared, nothing launched."""
     config = load_config(*_split_arguments(arguments))
-    data_dir, dataset = _open_data(config)
-    return plan_run(config, dataset, data_dir, time.time()), dataset
+    dirs = _data_dirs(config)
+    data = open_training_data(dirs, config)
+    return plan_run(config, data, dirs, time.time()), data
 
 
 def run(config: Config, started_at: float) -> int:
@@ -54,8 +57,8 @@ def run(config: Config, started_at: float) -> int:
             f"warning: run.storage = {config.run.storage} lies in the job's unpacked working directory, which Ray "
             "deletes some time after the job. Give an absolute path in storage that all nodes share."
         )
-    data_dir, dataset = _open_data(config)
-    plan = plan_run(config, dataset, data_dir, started_at)
+    dirs = _data_dirs(config)
+    plan = plan_run(config, open_training_data(dirs, config), dirs, started_at)
     claim_run_dir(plan, _provenance())
     finished = plan.run_dir / "result.json"
     if finished.exists():
@@ -88,14 +91,16 @@ def _say_next(plan: RunPlan) -> None:
         say(f"  {command}")
 
 
-def _open_data(config: Config) -> tuple[str, Dataset]:
-    given = config.data.dir
-    if given is not None:
+def _data_dirs(config: Config) -> list[str]:
+    """The data set directories that the configuration names, or the one that its source is prepared into."""
+    given = list(config.data.mixture or {}) or ([config.data.dir] if config.data.dir else [])
+    if given:
         # Workers run in another working directory: a local path must be absolute.
-        return (given if "://" in given else str(Path(given).resolve())), Dataset.open(given)
+        return [path if "://" in path else str(Path(path).expanduser().resolve()) for path in given]
     storage = Path(config.run.storage).resolve()
-    dataset, path = prepare_cached(config.data.source, config.data.prepare, storage / "data")
-    return str(path), dataset
+    source, options = config.data.source, config.data.prepare
+    _, path = prepare_cached(source, options, storage / "data", run=executor(), progress=show_preparing())
+    return [str(path)]
 
 
 def _provenance() -> dict[str, Any]:

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from vae_dist.config.load import load_config
 from vae_dist.data.dataset import Dataset
 from vae_dist.data.stream import Stream
+from vae_dist.data.training_data import order_spec
+from vae_dist.data.windows import EpochWindows
 from vae_dist.engine.loop import _build
-from vae_dist.engine.plan import order_spec
 from vae_dist.engine.step import TrainStep
 
 
@@ -32,7 +33,7 @@ def main() -> None:
         engine = _build(config, dataset.tokenizer.vocab_size, torch.device("cpu"))
         split = dataset.split("train")
         spec = order_spec(config, split, dataset.manifest_hash)
-        stream = Stream(split, spec, dist.get_rank(), dist.get_world_size())
+        stream = Stream([split], EpochWindows(spec), dist.get_rank(), dist.get_world_size())
         step = TrainStep(engine, config, total_steps=10)
         # The last step of the epoch: its global batch is ragged.
         number = spec.steps_per_epoch - 1

@@ -19,7 +19,8 @@ from vae_dist.config.load import load_config
 from vae_dist.data.batch import collate
 from vae_dist.data.dataset import Dataset
 from vae_dist.data.stream import Stream
-from vae_dist.engine.plan import order_spec
+from vae_dist.data.training_data import order_spec
+from vae_dist.data.windows import EpochWindows
 from vae_dist.model.vae import TextVAE
 from vae_dist.objective.elbo import NegativeElbo
 from vae_dist.objective.schedule import beta_at
@@ -76,7 +77,7 @@ def reference(dataset_dir: Path) -> dict[str, torch.Tensor]:
     split = dataset.split("train")
     spec = order_spec(config, split, dataset.manifest_hash)
     number = spec.steps_per_epoch - 1
-    share = Stream(split, spec, 0, 1).share(number)
+    share = Stream([split], EpochWindows(spec), 0, 1).share(number)
     assert 0 < share.real_sequences < config.train.batch_sequences, "the last batch of the epoch must be ragged"
     torch.manual_seed(config.train.seed)
     vae = TextVAE(config.model, dataset.tokenizer.vocab_size)

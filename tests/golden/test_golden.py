@@ -18,7 +18,8 @@ from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.batch import collate
 from vae_dist.data.prepare import prepare
 from vae_dist.data.stream import Stream
-from vae_dist.engine.plan import order_spec
+from vae_dist.data.training_data import order_spec
+from vae_dist.data.windows import EpochWindows
 from vae_dist.model.vae import TextVAE
 from vae_dist.objective.elbo import NegativeElbo
 from vae_dist.objective.schedule import beta_at
@@ -39,7 +40,7 @@ def losses(folder: Path, overrides: list[str]) -> list[float]:
     dataset = prepare(str(folder / "corpus.txt"), folder / "data", options)
     config = load_config(None, [*TINY, *overrides])
     split = dataset.split("train")
-    stream = Stream(split, order_spec(config, split, "0" * 64), 0, 1)
+    stream = Stream([split], EpochWindows(order_spec(config, split, "0" * 64)), 0, 1)
     torch.manual_seed(0)
     objective = NegativeElbo(
         TextVAE(config.model, dataset.tokenizer.vocab_size), config.objective.free_bits_nats_per_dim, None

@@ -22,10 +22,16 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 KEYS = """\
 data.source
 data.dir
+data.mixture
+data.prepare.recipe
 data.prepare.format
 data.prepare.record
 data.prepare.text_field
+data.prepare.keyword
+data.prepare.unicode_form
 data.prepare.lowercase
+data.prepare.strip_punctuation
+data.prepare.strip_digits
 data.prepare.tokenizer
 data.prepare.pre_tokenizer
 data.prepare.vocab_size
@@ -41,6 +47,10 @@ data.streams
 data.length_groups
 data.shuffle_block_sequences
 data.shuffle_window_sequences
+data.damage
+data.damage_budget_fraction
+data.cache_dir
+data.cache_bytes
 model.embedding_dim
 model.encoder[lstm].kind
 model.encoder[lstm].hidden_dim
@@ -315,6 +325,14 @@ WORKING = ["data.streams=8", "train.batch_sequences=64", "data.prepare.max_token
             ("valid_fraction + test_fraction = 1 ", "smaller than 1"),
         ),
         (["train.micro_batch_tokens=100"], ("micro_batch_tokens = 100", "max_tokens = 128")),
+        (
+            ["data.prepare.format=text", "data.prepare.record=document"],
+            ("data.prepare.record = document", "record: line or paragraph or sentence, or format: wikitext"),
+        ),
+        (
+            ["data.prepare.format=parquet", "data.prepare.record=sentence"],
+            ("data.prepare.record = sentence", "record: line, or format: text or wikitext"),
+        ),
     ],
 )
 def test_combinations_that_cannot_work(overrides: list[str], parts: tuple[str, ...]) -> None:

@@ -1,6 +1,7 @@
 """Opening a data set directory and reading ranges: values against the rows written, and every kind of damage."""
 
 import json
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import xxhash
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import dataset as module
+from vae_dist.data import split as module
 from vae_dist.data.dataset import Dataset
 from vae_dist.data.info import describe, length_histogram, preview, render_info
 from vae_dist.data.prepare import prepare
@@ -76,8 +77,8 @@ def test_cache_is_bounded_and_correct(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_reading_one_sequence_reads_one_member(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = Dataset.open(folder).split("train")
     members: list[int] = []
-    original = split._read_member
-    monkeypatch.setattr(split, "_read_member", lambda number: members.append(number) or original(number))
+    original = split._load
+    monkeypatch.setattr(split, "_load", lambda numbers: members.extend(numbers) or original(numbers))
     split.read(100, 1)
     split.read(101, 1)
     assert members == [100 // 7]
@@ -102,7 +103,7 @@ def test_threads_share_a_split(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not wrong
 
 
-def test_urls_read_like_folders(folder: Path) -> None:
+def test_urls_read_like_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = Dataset.open(folder)
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/sets/one", recursive=True)
@@ -112,7 +113,10 @@ def test_urls_read_like_folders(folder: Path) -> None:
         for name in local.splits:
             count = local.split(name).sequences
             assert remote.split(name).read(0, count).tokens.tolist() == local.split(name).read(0, count).tokens.tolist()
+    # A copy of the index stays on this host and is known by its hash: only another host misses the file.
     memory.rm("/sets/one/index.arrow")
+    assert Dataset.open("memory://sets/one").manifest_hash == local.manifest_hash
+    monkeypatch.setattr(tempfile, "tempdir", str(folder.parent))
     assert "index.arrow is not the one" in error_of(lambda: Dataset.open("memory://sets/one"))
     assert "no data set directory memory://nowhere" in error_of(lambda: Dataset.open("memory://nowhere"))
 
@@ -129,8 +133,8 @@ def test_missing_directory_and_manifest(folder: Path, tmp_path: Path) -> None:
 
 def test_unreadable_manifest(folder: Path) -> None:
     edit_manifest(folder, format_version=99)
-    assert "format version 99; this vae_dist reads version 1" in error_of(lambda: Dataset.open(folder))
-    (folder / "manifest.json").write_text('{"format_version": 1}')
+    assert "format version 99; this vae_dist reads version 2" in error_of(lambda: Dataset.open(folder))
+    (folder / "manifest.json").write_text('{"format_version": 2}')
     assert "lacks tokenizer_sha256, vocab_size, splits" in error_of(lambda: Dataset.open(folder))
     for content in ("", "{", "[]", '{"a": 1}', "\0"):
         (folder / "manifest.json").write_text(content)
@@ -166,7 +170,7 @@ def test_missing_and_truncated_shard(folder: Path) -> None:
 
 def test_flipped_byte_is_found_when_it_is_read(folder: Path) -> None:
     dataset = Dataset.open(folder)
-    column = {c: dataset._index.column(c).to_pylist() for c in ("split", "shard", "offset", "bytes", "first_sequence")}
+    column = {c: dataset.index.column(c).to_pylist() for c in ("split", "shard", "offset", "bytes", "first_sequence")}
     row = next(i for i, s in enumerate(column["split"]) if s == "train" and column["shard"][i] == 1)
     shard = folder / "train-000001.tar"
     data = bytearray(shard.read_bytes())

@@ -101,6 +101,9 @@ def test_lines_state_every_number_with_its_unit() -> None:
         "step     40/900  ELBO   -81.23  rec   79.00  KL   2.23 nats/seq  active   7  beta 0.25  "
         "  12,346 tok/s  left 3m 05s"
     )
+    trouble = {"data_wait_fraction": 0.124, "skipped_sequences": 1024}
+    assert format_record(TRAIN | trouble, 900).endswith("left 3m 05s  waiting for data 12 %  skipped 1,024 damaged")
+    assert format_record(TRAIN | {"data_wait_fraction": 0.009, "skipped_sequences": 0}, 900).endswith("left 3m 05s")
     assert format_record(VALID, 900) == (
         "valid    50/900  ELBO   -80.00  rec   78.00  KL   2.00 nats/seq  active  32  PPL 102.5  MI 1.99 nats"
     )

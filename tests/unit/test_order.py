@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from vae_dist.data.order import EpochOrder, OrderSpec, mix, permute
+from vae_dist.data.windows import EpochWindows, WindowKey
 
 HASH = hashlib.sha256(b"a manifest").hexdigest()
 
@@ -31,19 +32,15 @@ def some_lengths(count: int) -> np.ndarray:
 
 def epoch_batches(spec: OrderSpec, epoch: int, lengths: np.ndarray) -> list[np.ndarray]:
     """All batches of an epoch as sequence numbers, read as a stream would read them."""
-    order, batches = EpochOrder(spec, epoch), []
-    size = spec.length_groups * spec.group_sequences
-    for window in range(order.windows()):
-        parts: list[list[np.ndarray]] = [[] for _ in range(order.groups_in_window(window))]
+    order, windows, batches = EpochOrder(spec, epoch), EpochWindows(spec), []
+    for window in range(max(1, round(spec.steps_per_epoch / spec.length_groups))):
+        key, steps = WindowKey(epoch, window), []
         for stream in range(spec.streams):
-            begin, end = spec.stream_range(stream)
-            count = min(size, end - begin - window * size)
-            numbers = order.sequence_numbers(stream, window * size, count)
-            groups = order.groups(window, numbers, lengths[numbers])
-            assert len(groups) == len(parts)
-            for part, group in zip(parts, groups, strict=True):
-                part.append(numbers[group])
-        batches += [np.concatenate(part) for part in parts]
+            (piece,) = windows.pieces(key, stream)
+            numbers = order.sequence_numbers(stream, piece.first, piece.count)
+            groups = windows.groups(key, lengths[numbers])
+            steps.append(np.split(numbers[groups.places], np.cumsum(groups.sizes)[:-1]))
+        batches += [np.concatenate(parts) for parts in zip(*steps, strict=True)]
     return batches
 
 
@@ -70,7 +67,7 @@ def test_every_sequence_comes_exactly_once_in_full_batches(spec: OrderSpec, epoc
     sizes = [len(batch) for batch in batches]
     assert all(size == spec.batch_sequences for size in sizes[:-1])
     first_step = epoch * spec.steps_per_epoch
-    assert sizes == [spec.real_sequences(first_step + step) for step in range(len(sizes))]
+    assert sizes == [EpochWindows(spec).real_sequences(first_step + step) for step in range(len(sizes))]
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,7 +147,7 @@ def test_the_order_does_not_follow_the_corpus_or_the_epoch_before() -> None:
 
 def test_windows_and_streams_are_shuffled_each_in_its_own_way() -> None:
     # One block: what a stream permutes is the corpus itself.
-    spec = spec_of(400, streams=2, block_sequences=400, window_sequences=50)
+    spec = spec_of(400, streams=2, batch_sequences=4, length_groups=25, block_sequences=400, window_sequences=50)
     order, shuffles = EpochOrder(spec, 0), []
     for stream in range(2):
         for window in range(4):
@@ -162,10 +159,31 @@ def test_windows_and_streams_are_shuffled_each_in_its_own_way() -> None:
 
 def test_streams_and_windows_are_cut_evenly_whatever_the_lengths() -> None:
     spec = spec_of(1000)
-    ranges = [spec.stream_range(stream) for stream in range(spec.streams)]
-    assert [begin for begin, _ in ranges] == [0, *[end for _, end in ranges[:-1]]]
-    assert ranges[-1][1] == 1000
-    assert {end - begin for begin, end in ranges} == {250}
+    assert [spec.stream_sequences(stream) for stream in range(spec.streams)] == [250] * 4
+    assert sorted(spec_of(1003).stream_sequences(stream) for stream in range(4)) == [250, 251, 251, 251]
+
+
+@settings(max_examples=60, deadline=None)
+@given(specs(), st.integers(0, 3))
+def test_the_way_back_finds_stream_and_window_of_every_sequence(spec: OrderSpec, epoch: int) -> None:
+    order = EpochOrder(spec, epoch)
+    for stream in range(spec.streams):
+        numbers = order.sequence_numbers(stream, 0, spec.stream_sequences(stream))
+        for position, number in enumerate(numbers.tolist()):
+            assert order.owner(number) == (stream, position // spec.window_sequences)
+
+
+def test_a_stripe_gives_each_of_its_streams_one_block_at_the_same_place() -> None:
+    spec = spec_of(64 * 40, streams=8, batch_sequences=32, block_sequences=10, window_sequences=80)
+    order, taken = EpochOrder(spec, 0), []
+    for window in range(4):
+        stripes = [sorted(first // 80 for first, _ in order.runs(stream, window)) for stream in range(8)]
+        assert all(each == stripes[0] for each in stripes)
+        taken.append(stripes[0])
+    assert sorted(number for stripes in taken for number in stripes) == list(range(32))
+    blocks = {stream: [first // 10 % 8 for first, _ in order.runs(stream, 0)] for stream in range(8)}
+    # No stream always gets the same block of a stripe.
+    assert len(set(blocks[0])) > 2
 
 
 def test_batches_are_homogeneous_in_length_and_unbiased() -> None:
@@ -196,11 +214,13 @@ def test_thirty_billion_sequences_cost_nothing() -> None:
     )
     order = EpochOrder(spec, 3)
     numbers = order.sequence_numbers(63, 4 * 10**8, 1000)
-    groups = order.group_order(order.windows() - 1)
+    (piece,) = EpochWindows(spec).pieces(WindowKey(3, 10**4), 7)
+    groups = EpochWindows(spec).groups(WindowKey(3, 10**4), np.full(piece.count, 9))
     taken = time.perf_counter() - started
     assert taken < 0.1
     assert len(np.unique(numbers)) == 1000
     assert numbers.min() >= 0
     assert numbers.max() < spec.sequences
-    assert len(groups) == order.groups_in_window(order.windows() - 1)
-    assert spec.real_sequences(spec.steps_per_epoch - 1) == 3 * 10**10 - (spec.steps_per_epoch - 1) * 4096
+    assert sorted(groups.places.tolist()) == list(range(piece.count))
+    assert abs(piece.count - 256 * 64) <= 64
+    assert EpochWindows(spec).real_sequences(spec.steps_per_epoch - 1) == 3 * 10**10 - (spec.steps_per_epoch - 1) * 4096

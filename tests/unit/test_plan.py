@@ -11,7 +11,8 @@ from vae_dist.config.load import load_config
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.dataset import Dataset
 from vae_dist.data.prepare import prepare
-from vae_dist.engine.plan import RunPlan, claim_run_dir, order_spec, plan_run
+from vae_dist.data.training_data import open_training_data, order_spec
+from vae_dist.engine.plan import RunPlan, claim_run_dir, plan_run
 from vae_dist.errors import CheckpointError, DataError
 
 BASE = ["train.batch_sequences=16", "data.streams=4", "train.epochs=3", "train.seed=1", "objective.beta=1.0"]
@@ -31,7 +32,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def plan(dataset: Dataset, *overrides: str) -> RunPlan:
-    return plan_run(load_config(None, [*BASE, *overrides]), dataset, dataset.path, 0.0)
+    config = load_config(None, [*BASE, *overrides])
+    return plan_run(config, open_training_data([dataset.path], config), [dataset.path], 0.0)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def plan(dataset: Dataset, *overrides: str) -> RunPlan:
         "cluster.collective_timeout_seconds=9", "run.log_every_steps=1",
         "run.keep_checkpoints=9", "run.checkpoint_every_steps=2", "evaluate.every_steps=3",
         "evaluate.max_sequences=5", "evaluate.num_samples=1", "data.source=elsewhere.txt", "data.dir=/moved/here",
-        "data.prepare.shard_bytes=8192",
+        "data.prepare.shard_bytes=8192", "data.damage=skip", "data.damage_budget_fraction=0.5",
     ],
 )  # fmt: skip
 def test_where_and_how_a_run_is_made_does_not_change_its_name(dataset: Dataset, override: str) -> None:
@@ -87,7 +89,10 @@ def test_the_order_is_made_of_configuration_and_data(dataset: Dataset) -> None:
     spec = order_spec(config, dataset.split("train"), dataset.manifest_hash)
     assert (spec.sequences, spec.manifest_hash, spec.seed) == (100, dataset.manifest_hash, 1)
     assert (spec.streams, spec.batch_sequences, spec.length_groups, spec.block_sequences) == (4, 16, 5, 6)
-    assert spec.window_sequences == config.data.shuffle_window_sequences
+    mean = dataset.split("train").tokens / 100
+    assert spec.window_sequences == round(2**22 / mean)
+    given = load_config(None, [*BASE, "data.shuffle_window_sequences=77"])
+    assert order_spec(given, dataset.split("train"), dataset.manifest_hash).window_sequences == 77
 
 
 def test_a_budget_below_the_longest_sequence_is_refused(dataset: Dataset) -> None:

@@ -20,11 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import prepare as module
+from vae_dist.data import encode, lines, making
 from vae_dist.data.claim import MARKER
-from vae_dist.data.dataset import Dataset, Split
-from vae_dist.data.lengths import fit_length
-from vae_dist.data.prepare import prepare, prepare_cached, split_of
+from vae_dist.data.dataset import Dataset
+from vae_dist.data.lengths import fit_lengths
+from vae_dist.data.prepare import prepare, prepare_cached
+from vae_dist.data.sequences import Sequences
+from vae_dist.data.sources import split_of
+from vae_dist.data.split import Split
 from vae_dist.errors import DataError, MachineError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +51,7 @@ def texts(dataset: Dataset, split: Split) -> list[str]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
 def numbered(count: int) -> list[str]:
@@ -123,11 +126,11 @@ def test_split_by_hash(tmp_path: Path) -> None:
 
 def test_equal_texts_after_lower_casing_share_a_split_and_are_duplicates(tmp_path: Path) -> None:
     lines = [f(line) for line in numbered(300) for f in (str.title, str.lower, str.upper)]
-    options = word(valid_fraction=0.3, test_fraction=0.3, lowercase=True, deduplicate=True)
+    options = word(valid_fraction=0.3, test_fraction=0.3, lowercase=True, deduplicate="exact")
     dataset = prepare(corpus(tmp_path, lines), tmp_path / "out", options)
     assert sum(dataset.split(name).sequences for name in dataset.splits) == 300
     assert dataset.manifest["duplicate_texts"] == 600
-    kept = prepare(corpus(tmp_path, lines), tmp_path / "kept", options.model_copy(update={"deduplicate": False}))
+    kept = prepare(corpus(tmp_path, lines), tmp_path / "kept", options.model_copy(update={"deduplicate": "none"}))
     for name in kept.splits:
         assert kept.split(name).sequences == 3 * dataset.split(name).sequences
     assert "text" in texts(kept, kept.split("train"))[0]
@@ -136,26 +139,36 @@ def test_equal_texts_after_lower_casing_share_a_split_and_are_duplicates(tmp_pat
 def test_duplicates_across_splits(tmp_path: Path) -> None:
     corpus(tmp_path / "in", ["a b", "c d", "a b"], "test.txt")
     corpus(tmp_path / "in", ["c d", "e f", "g h"], "train.txt")
-    dataset = prepare(str(tmp_path / "in"), tmp_path / "out", word(deduplicate=True))
+    dataset = prepare(str(tmp_path / "in"), tmp_path / "out", word(deduplicate="exact"))
     # Files are read in order of their names: what is tested on is not trained on.
     assert texts(dataset, dataset.split("train")) == ["e f", "g h"]
     assert dataset.manifest["duplicate_texts"] == 2
     assert dataset.manifest["splits"]["test"]["unknown_tokens"] == 4
 
 
-@pytest.mark.parametrize(
-    ("policy", "pieces"),
-    [
-        ("truncate", [[5, 6, 7, 2]]),
-        ("drop", []),
-        ("split", [[5, 6, 7, 2], [8, 9, 10, 2], [11, 2]]),
-    ],
+def fit_length(ids: list[int], max_tokens: int, policy: str) -> list[list[int]]:
+    """The length policy as one would write it down for a single text."""
+    if len(ids) <= max_tokens:
+        return [ids]
+    body, size = ids[:-1], max_tokens - 1
+    starts = range(0, len(body), size)
+    return {
+        "truncate": [[*body[:size], 2]],
+        "drop": [],
+        "split": [[*body[start : start + size], 2] for start in starts],
+    }[policy]
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(3, 99), max_size=12), max_size=8),
+    max_tokens=st.integers(2, 9),
+    policy=st.sampled_from(["truncate", "drop", "split"]),
 )
-def test_length_policy(policy: str, pieces: list[list[int]]) -> None:
-    ids = np.array([5, 6, 7, 8, 9, 10, 11, 2])
-    assert [piece.tolist() for piece in fit_length(ids, 4, policy)] == pieces
-    assert [piece.tolist() for piece in fit_length(ids, 8, policy)] == [ids.tolist()]
-    assert [piece.tolist() for piece in fit_length(np.array([2]), 2, policy)] == [[2]]
+def test_length_policy(rows: list[list[int]], max_tokens: int, policy: str) -> None:
+    encoded = Sequences.from_list([np.array([*row, 2], dtype=np.uint32) for row in rows])
+    fitted, numbers = fit_lengths(encoded, max_tokens, policy)
+    expected = [(n, piece) for n, row in enumerate(rows) for piece in fit_length([*row, 2], max_tokens, policy)]
+    assert [(int(n), piece.tolist()) for n, piece in zip(numbers, fitted, strict=True)] == expected
 
 
 @pytest.mark.parametrize(
@@ -205,8 +218,9 @@ def test_reruns_are_byte_identical(tmp_path: Path, tokenizer: str) -> None:
 def test_batches_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = corpus(tmp_path, numbered(100))
     prepare(source, tmp_path / "one", word())
-    monkeypatch.setattr(module, "_BATCH_TEXTS", 7)
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(lines, "_READ_BYTES", 50)
+    monkeypatch.setattr(encode, "_ENCODED_AT_ONCE", 3)
+    monkeypatch.setattr(encode, "_BLOCK_TOKENS", 40)
     prepare(source, tmp_path / "two", word())
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
@@ -275,7 +289,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_tables", full)
+    monkeypatch.setattr(making, "write_tables", full)
     with pytest.raises(MachineError, match="No space left on device"):
         prepare(corpus(tmp_path, numbered(50)), tmp_path / "out", word())
 
@@ -284,8 +298,8 @@ def test_a_killed_prepare_is_made_again(tmp_path: Path) -> None:
     source, out = corpus(tmp_path, numbered(3000)), tmp_path / "out"
     script = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from vae_dist.config.schema import PrepareConfig\nfrom vae_dist.data import prepare as p\n"
-        "p.write_tables = lambda *_: (print('here', flush=True), time.sleep(60))\n"
+        "from vae_dist.config.schema import PrepareConfig\nfrom vae_dist.data import making, prepare as p\n"
+        "making.write_tables = lambda *_: (print('here', flush=True), time.sleep(60))\n"
         "p.prepare(sys.argv[1], Path(sys.argv[2]), PrepareConfig.model_validate_json(sys.argv[3]))\n"
     )
     process = subprocess.Popen(
@@ -310,14 +324,14 @@ def test_a_killed_prepare_is_made_again(tmp_path: Path) -> None:
 
 def test_two_at_once_make_one_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = corpus(tmp_path, numbered(200))
-    original, written, hashes = module._write, [], []
+    original, written, hashes = making.Making.write, [], []
 
     def slow(*arguments: Any) -> None:
         written.append(1)
         time.sleep(0.3)
         original(*arguments)
 
-    monkeypatch.setattr(module, "_write", slow)
+    monkeypatch.setattr(making.Making, "write", slow)
     target = tmp_path / "out"
     work = [
         threading.Thread(target=lambda: hashes.append(prepare(source, target, word()).manifest_hash)) for _ in range(3)
@@ -364,7 +378,7 @@ def test_manifest_holds_what_is_promised(tmp_path: Path) -> None:
     options = word(max_tokens=9)
     prepare(corpus(tmp_path, numbered(500)), tmp_path / "out", options)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["dtype"] == "uint16"
     assert manifest["options"] == options.model_dump(mode="json")
     size = (tmp_path / "corpus.txt").stat().st_size

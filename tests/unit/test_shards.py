@@ -10,7 +10,7 @@ import pytest
 import webdataset
 
 from vae_dist.data.sequences import Sequences
-from vae_dist.data.shards import ShardWriter, decode_member, hash_file, payload_schema, token_type
+from vae_dist.data.shards import Decoder, ShardWriter, hash_file, payload_schema, token_type
 from vae_dist.errors import DataError
 
 SCHEMA = payload_schema(1000, "tokenizer-hash")
@@ -37,8 +37,9 @@ def test_index_agrees_with_tarfile(tmp_path: Path) -> None:
     for number, shard in enumerate(writer.shards):
         with tarfile.open(tmp_path / shard.name) as tar:
             for info in tar:
-                payload = tar.extractfile(info).read()
-                found.append((number, info.offset_data, info.size, zlib.crc32(payload)))
+                size = info.offset_data - info.offset + -(-info.size // 512) * 512
+                entry = (tmp_path / shard.name).read_bytes()[info.offset : info.offset + size]
+                found.append((number, info.offset, size, zlib.crc32(entry)))
                 assert (info.mtime, info.mode, info.uname, info.gname) == (0, 0o444, "user", "group")
     assert found == [(m.shard, m.offset, m.bytes, m.crc32) for m in writer.members]
 
@@ -93,7 +94,7 @@ def test_payload_is_plain_arrow(tmp_path: Path) -> None:
         payload = tar.extractfile(tar.next()).read()
     with pa.ipc.open_stream(payload) as stream:
         table = stream.read_all()
-    assert table.schema.metadata == {b"tokenizer_sha256": b"tokenizer-hash", b"format_version": b"1"}
+    assert table.schema.metadata == {b"tokenizer_sha256": b"tokenizer-hash", b"format_version": b"2"}
     assert table.column("tokens").to_pylist() == [row.tolist() for row in sequences]
     assert table.column("doc").to_pylist() == list(range(9))
 
@@ -111,12 +112,16 @@ def test_stock_webdataset_reads_shards(tmp_path: Path) -> None:
     assert len({sample["__key__"] for sample in samples}) == len(writer.members)
 
 
-def read(folder: Path, writer: ShardWriter, number: int, schema: pa.Schema = SCHEMA, flip: int = -1) -> Sequences:
+def read(
+    folder: Path, writer: ShardWriter, number: int, schema: pa.Schema = SCHEMA, flip: int = -1, vocab_size: int = 2**31
+) -> Sequences:
     entry = writer.members[number]
     data = bytearray((folder / writer.shards[entry.shard].name).read_bytes()[entry.offset : entry.offset + entry.bytes])
     if flip >= 0:
         data[flip] ^= 1
-    return decode_member(pa.py_buffer(bytes(data)), entry, schema, lambda: "train-000000.tar, member 3 at byte 512,")
+    return Decoder(schema, vocab_size)(
+        pa.py_buffer(bytes(data)), entry, lambda: "train-000000.tar, member 3 at byte 512,"
+    )
 
 
 def test_members_decode_to_what_was_written(tmp_path: Path) -> None:
@@ -137,7 +142,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
             read(tmp_path, writer, 2, flip=flip)
     entry = writer.members[0]
     with pytest.raises(DataError, match="its 0 of"):
-        decode_member(pa.py_buffer(b""), entry, SCHEMA, lambda: "x")
+        Decoder(SCHEMA, 1000)(pa.py_buffer(b""), entry, lambda: "x")
 
 
 @pytest.mark.parametrize("schema", [payload_schema(1000, "other"), payload_schema(70_000, "tokenizer-hash")])
@@ -145,3 +150,10 @@ def test_another_tokenizer_is_refused(tmp_path: Path, schema: pa.Schema) -> None
     writer = write(tmp_path, rows(5))
     with pytest.raises(DataError, match="member 3 at byte 512, was written with another tokenizer or format"):
         read(tmp_path, writer, 0, schema)
+
+
+def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    writer = write(tmp_path, [np.array([4, 999, 2])])
+    assert read(tmp_path, writer, 0, vocab_size=1000).tokens.tolist() == [4, 999, 2]
+    with pytest.raises(DataError, match="holds the token 999, outside the vocabulary of 999"):
+        read(tmp_path, writer, 0, vocab_size=999)

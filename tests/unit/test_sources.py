@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import records
+from vae_dist.data import lines
 from vae_dist.data.sources import open_source
 from vae_dist.errors import DataError
 
@@ -54,7 +54,7 @@ def test_lines(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("block", [1, 2, 3, 4])
 def test_byte_order_mark_cut_by_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(records, "_READ_BYTES", block)
+    monkeypatch.setattr(lines, "_READ_BYTES", block)
     path = write(tmp_path / "a.txt", "\ufeffone\n\ufefftwo")
     # Only the first one is a mark.
     assert plain(path) == ["one", "\ufefftwo"]
@@ -70,7 +70,7 @@ def test_lines_do_not_depend_on_the_block_size(text: str, block: int, tmp_path_f
     path = write(tmp_path_factory.mktemp("lines") / "a.txt", text)
     expected = [line.strip() for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "_READ_BYTES", block)
+        patch.setattr(lines, "_READ_BYTES", block)
         assert plain(path) == expected
 
 
@@ -187,7 +187,7 @@ def test_two_versions_of_a_split(tmp_path: Path) -> None:
 def test_not_utf8_names_the_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, before: str, bad: bytes, block: int
 ) -> None:
-    monkeypatch.setattr(records, "_READ_BYTES", block)
+    monkeypatch.setattr(lines, "_READ_BYTES", block)
     content = (before if name != "a.jsonl" else '{"text": "é"}\n') + ""
     path = write(tmp_path / name, content.encode() + bad)
     message = error_of(path)

@@ -1,8 +1,10 @@
 """Tokenizers: ids against counts made by hand, round trips of hostile text, and files that are refused."""
 
+import functools
 import json
 import random
-from collections import Counter
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import tokenizer as module
-from vae_dist.data.tokenizer import Tokenizer, build_tokenizer, lowercase, sample_texts
+from vae_dist.data.tokenizer import Tokenizer, build_tokenizer, lowercase
 from vae_dist.errors import DataError
 
 WORDS = ["b b a", "a <unk> c", "c d <pad> </s>", "<s> B"]
@@ -30,6 +31,7 @@ NASTY = [
     " ",
     "\ud7ff\ue000\ufffd\U0010ffff",
     "x" * 200_000,
+    "word " * 40_000,
     "永和九年,歲在癸丑" * 50,
 ]
 
@@ -39,9 +41,9 @@ def word(**options: Any) -> PrepareConfig:
     return PrepareConfig(**{"tokenizer": "word", "vocab_size": 10_000, "max_tokens": 128, **options})
 
 
-@pytest.fixture(scope="module")
-def bpe() -> Tokenizer:
-    return build_tokenizer(["the cat sat on the mat", "the café"] * 20, word(tokenizer="bpe", vocab_size=300))
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def byte_level(request: pytest.FixtureRequest) -> Tokenizer:
+    return build_tokenizer(["the cat sat on the mat", "the café"] * 20, word(tokenizer=request.param, vocab_size=300))
 
 
 def word_vocabulary(tokenizer: Tokenizer) -> list[str]:
@@ -87,28 +89,83 @@ def test_decode_stops_at_the_end_and_drops_padding() -> None:
 
 
 @pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
-def test_bpe_round_trips(bpe: Tokenizer, text: str) -> None:
-    ids = bpe.encode_batch([text])[0]
+def test_byte_level_round_trips(byte_level: Tokenizer, text: str) -> None:
+    ids = byte_level.encode_batch([text])[0]
     assert ids[-1] == 2
     assert (ids[:-1] > 3).all()
-    assert bpe.decode(ids) == text
+    assert byte_level.decode(ids) == text
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=5))
 @settings(max_examples=200)
-def test_bpe_round_trips_any_text(bpe: Tokenizer, texts: list[str]) -> None:
-    assert [bpe.decode(ids) for ids in bpe.encode_batch(texts)] == texts
+def test_byte_level_round_trips_any_text(byte_level: Tokenizer, texts: list[str]) -> None:
+    assert [byte_level.decode(ids) for ids in byte_level.encode_batch(texts)] == texts
 
 
-def test_bpe_merges(bpe: Tokenizer) -> None:
-    assert bpe.vocab_size <= 300
-    assert len(bpe.encode_batch(["the cat sat on the mat"])[0]) == 7
+def test_a_line_of_ten_megabytes(byte_level: Tokenizer) -> None:
+    """One word of that length takes linear time; merging or searching it in quadratic time would take hours."""
+    text = "the永" * 1_666_666
+    started = time.monotonic()
+    ids, lengths = byte_level.encode_flat([text])
+    assert time.monotonic() - started < 60
+    assert lengths.tolist() == [len(ids)]
+    assert byte_level.decode(ids) == text
+
+
+def test_common_words_are_one_token(byte_level: Tokenizer) -> None:
+    assert byte_level.vocab_size <= 300
+    assert len(byte_level.encode_batch(["the cat sat on the mat"])[0]) == 7
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_smallest_byte_level_vocabulary(kind: str) -> None:
     with pytest.raises(DataError, match="need 260"):
-        build_tokenizer(["a"], word(tokenizer="bpe", vocab_size=259))
-    assert build_tokenizer(["a"], word(tokenizer="bpe", vocab_size=260)).vocab_size == 260
+        build_tokenizer(["a"], word(tokenizer=kind, vocab_size=259))
+    for texts in (["a"], []):
+        tokenizer = build_tokenizer(texts, word(tokenizer=kind, vocab_size=260))
+        assert tokenizer.vocab_size == 260
+        assert tokenizer.decode(tokenizer.encode_batch(["é\0 a"])[0]) == "é\0 a"
 
 
-@pytest.mark.parametrize("kind", ["word", "bpe"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_no_text_is_read_as_a_special_token(kind: str) -> None:
+    texts = ["<unk> </s> <s> <pad>", "</s></s>x<unk>", "a<s>b"]
+    tokenizer = build_tokenizer(texts * 50, word(tokenizer=kind, vocab_size=400))
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert (ids[:-1] > 3).all() and tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
+def test_word_level_on_hostile_text(text: str) -> None:
+    """Words between white space, unknown ones as <unk>; a special token is none but <unk>."""
+    tokenizer = build_tokenizer(WORDS, word())
+    known = {"a": 4, "b": 5, "c": 6, "B": 7, "d": 8}
+    ids, lengths = tokenizer.encode_flat([text, f"a {text} d"])
+    words = re.split(r"\s+", text.strip()) if text.strip() else []
+    expected = [known.get(w, 3) for w in words]
+    assert ids.tolist() == [*expected, 2, 4, *expected, 8, 2]
+    assert lengths.tolist() == [len(words) + 1, len(words) + 3]
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe", "unigram"])
+@given(texts=st.lists(st.text(st.sampled_from("ab <unk></s>é\0"), max_size=12), max_size=6))
+@settings(max_examples=100, deadline=None)
+def test_flat_ids_are_those_of_every_text_alone(kind: str, texts: list[str]) -> None:
+    tokenizer = _trained(kind)
+    ids, lengths = tokenizer.encode_flat(texts)
+    assert (ids.dtype, lengths.dtype) == (np.uint32, np.int64)
+    alone = [[max(i, 3) for i in tokenizer._inner.encode(text, add_special_tokens=False).ids] + [2] for text in texts]
+    assert lengths.tolist() == [len(one) for one in alone]
+    assert ids.tolist() == [i for one in alone for i in one]
+    assert [one.tolist() for one in tokenizer.encode_batch(texts)] == alone
+
+
+@functools.cache
+def _trained(kind: str) -> Tokenizer:
+    return build_tokenizer(["a b <unk> ab ab é"] * 5, word(tokenizer=kind, vocab_size=270))
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe", "unigram"])
 def test_training_is_deterministic(kind: str, tmp_path: Path) -> None:
     draw = random.Random(0)
     texts = ["".join(draw.choices("abcdé \U0001f600", k=40)) for _ in range(500)]
@@ -121,7 +178,7 @@ def test_training_is_deterministic(kind: str, tmp_path: Path) -> None:
     assert build_tokenizer(texts[::-1], options).sha256 == first.sha256
 
 
-@pytest.mark.parametrize("kind", ["word", "bpe"])
+@pytest.mark.parametrize("kind", ["word", "bpe", "unigram"])
 @pytest.mark.parametrize("pre_tokenizer", ["whitespace", "words"])
 def test_save_and_load(kind: str, pre_tokenizer: str, tmp_path: Path) -> None:
     options = word(tokenizer=kind, pre_tokenizer=pre_tokenizer, lowercase=True)
@@ -195,24 +252,3 @@ def test_refused_files(tmp_path: Path) -> None:
     tokenizers.Tokenizer(models.WordLevel({"<pad>": 1, "<s>": 0, "x": 2}, unk_token="x")).save(str(path))
     with pytest.raises(DataError, match=r"at \[1, 0, None, None\]"):
         build_tokenizer([], word(tokenizer=str(path)))
-
-
-def test_sample_is_bounded_and_independent_of_position() -> None:
-    texts = [f"text number {i}" for i in range(5000)]
-    assert sample_texts(texts, 10**9) == texts
-    size = sum(map(len, texts)) // 10
-    sample = sample_texts(texts, size)
-    assert size / 4 < sum(map(len, sample)) <= size
-    assert set(sample_texts(texts[::-1], size)) == set(sample)
-    # Even over the corpus: the halves are drawn from alike.
-    early = sum(int(text.split()[-1]) < 2500 for text in sample)
-    assert 0.35 < early / len(sample) < 0.65
-    assert sample_texts(["x" * 100], 10) == []
-
-
-def test_bpe_training_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: Counter[str] = Counter()
-    monkeypatch.setattr(module, "_BPE_SAMPLE_CHARACTERS", 500)
-    monkeypatch.setattr(module, "sample_texts", lambda texts, size: seen.update(size=size) or sample_texts(texts, size))
-    build_tokenizer((f"text {i}" for i in range(1000)), word(tokenizer="bpe", vocab_size=300))
-    assert seen["size"] == 500

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from vae_dist.config.schema import Config, TransformerConfig
 
+# Records that files of a format can be cut into; the texts of all other formats are whole.
+_RECORDS_OF_FORMAT = {"text": ("line", "paragraph", "sentence"), "wikitext": ("line", "sentence", "document")}
+
 
 def cross_field_problems(config: Config) -> list[str]:
     """Every combination in `config` that cannot work, as messages; empty when there is none."""
@@ -14,6 +17,18 @@ def cross_field_problems(config: Config) -> list[str]:
         *_length_problems(config),
         *_storage_problems(config),
     ]
+
+
+def record_problem(format: str, record: str) -> str | None:
+    """Why texts of a format cannot be cut into such records, or None."""
+    records = _RECORDS_OF_FORMAT.get(format, ("line",))
+    if record in records:
+        return None
+    fitting = [kind for kind, records in _RECORDS_OF_FORMAT.items() if record in records]
+    return (
+        f"prepare.record = {record} does not go with prepare.format = {format}. Use record: {' or '.join(records)}, or "
+        f"format: {' or '.join(fitting)}."
+    )
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
@@ -40,6 +55,10 @@ def _data_problems(config: Config) -> list[str]:
             f"data.prepare.valid_fraction + test_fraction = {prepare.valid_fraction + prepare.test_fraction:g} "
             "leaves nothing to train on. Make their sum smaller than 1."
         )
+    # What `auto` and `docstrings` stand for is known when the source is opened.
+    if config.data.dir is None and config.data.mixture is None and prepare.format not in ("auto", "docstrings"):
+        problem = record_problem(prepare.format, prepare.record)
+        problems += [f"data.{problem}"] if problem else []
     return problems
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from vae_dist.config.recipes import RECIPES
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -27,36 +29,59 @@ class Section(BaseModel):
 class PrepareConfig(Section):
     """How text becomes a data set directory."""
 
-    format: Literal["auto", "docstrings", "text", "jsonl", "parquet"] = "auto"
-    """What the source holds; `auto` decides by the name (`docstrings`, .txt/.gz, .jsonl, .parquet)."""
-    record: Literal["line", "paragraph"] = "line"
-    """In text files one sequence is one line, or one paragraph (blank-line separated, lines joined)."""
+    recipe: Literal["wikitext", "coco_captions", "lines"] | None = None
+    """Preset for a kind of corpus: defaults for the fields below, over which what is written wins
+    (`config/recipes.py` says what each holds)."""
+    format: Literal[
+        "auto", "docstrings", "text", "wikitext", "jsonl", "parquet", "tar", "captions_json", "captions_tsv", "datasets"
+    ] = "auto"
+    """What the source holds; `auto` decides by the name: `docstrings`, .txt, .tokens (wikitext), .jsonl, .parquet,
+    .tar (WebDataset), .json (COCO captions), .tsv (captions), all but Parquet also with .gz; or a folder that Hugging
+    Face `datasets` saved."""
+    record: Literal["line", "paragraph", "sentence", "document"] = "line"
+    """In text files one sequence is a line, a paragraph (blank-line separated, lines joined), a sentence of tokenised
+    text (it ends at the token . ? or !), or, in WikiText, a document (from title to title)."""
     text_field: str = "text"
-    """The column (Parquet) or key (JSONL) that holds the text."""
+    """The column (Parquet, `datasets`) or key (JSONL, .json members of a tar) that holds the text."""
+    keyword: Annotated[str, Field(pattern=r"\S")] | None = None
+    """Keep only texts that hold this word (or words), whole and in any case; the others are counted."""
+    unicode_form: Literal["none", "nfc", "nfkc"] = "none"
+    """Unicode normalisation of the text before all else."""
     lowercase: bool = False
     """Lower-case the text before tokenising."""
+    strip_punctuation: bool = False
+    """Put a space for punctuation and ASCII symbols, nothing for an apostrophe between letters; <unk> is kept."""
+    strip_digits: bool = False
+    """Put a space for decimal digits. After either, white space is collapsed."""
     tokenizer: str = "bpe"
-    """`bpe` (byte-level, any text), `word`, or the path of a Hugging Face tokenizer.json."""
+    """`bpe` or `unigram` (byte-level, any text), `word`, or the path of a Hugging Face tokenizer.json."""
     pre_tokenizer: Literal["whitespace", "words"] = "whitespace"
     """Word tokenizer: split at white space only (text that is tokenised already), or also around punctuation."""
     vocab_size: Annotated[int, Field(ge=8, le=2**31 - 1)] = 2048
     """Largest vocabulary, the special tokens (<pad> <s> </s> <unk>) included."""
     min_frequency: Positive = 1
-    """Words or merges rarer than this in the training split are left out of the vocabulary."""
+    """Words, merges or (unigram) pieces rarer than this in the training split are left out of the vocabulary."""
     max_tokens: Annotated[int, Field(ge=2)] = 64
     """Longest sequence in tokens, the end-of-sequence token included."""
     too_long: Literal["truncate", "drop", "split"] = "truncate"
     """What happens to a longer sequence; the count is in the manifest and in the output."""
     valid_fraction: Fraction = 0.05
-    """Share of sequences held out for validation, by a hash of the text, when the source brings no split."""
+    """Share of sequences held out for validation, by a hash of the text (or image), when the source brings no split."""
     test_fraction: Fraction = 0.05
     """Share of sequences held out for testing, likewise."""
-    deduplicate: bool = False
-    """Drop a text that occurred before, in any split."""
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    """Drop a text that occurred before, in any split: the same text, or one that is nearly the same."""
     shard_bytes: Annotated[int, Field(ge=4096)] = 64 * 2**20
     """Target size of a tar shard in bytes."""
     member_sequences: Positive = 1024
     """Sequences in one tar member (one Arrow record batch)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_recipe(cls, values: Any) -> Any:
+        recipe = values.get("recipe") if isinstance(values, dict) else None
+        # A recipe that is not known is refused where its field is checked.
+        return {**RECIPES.get(recipe, {}), **values} if isinstance(recipe, str) else values
 
 
 class DataConfig(Section):
@@ -66,15 +91,28 @@ class DataConfig(Section):
     """`docstrings`, or a file, directory or URL of text, JSONL or Parquet; prepared once and cached."""
     dir: str | None = None
     """A data set directory made by `vae-dist data prepare`; when given, `source` is not read."""
+    mixture: Annotated[dict[str, Annotated[float, Field(gt=0.0)]], Field(min_length=1)] | None = None
+    """Data set directories of one tokenizer and their weights, as shares of sequences: {a: 0.7, b: 0.3}. The first
+    is the one that is validated on. When given, neither `source` nor `dir` is read."""
     prepare: PrepareConfig = PrepareConfig()
     streams: Positive = 8
     """Canonical streams S: the number of workers must divide it and it must divide the global batch."""
-    length_groups: Positive = 256
-    """K: a stream sorts windows of K batches by length, so that a batch is homogeneous in length."""
-    shuffle_block_sequences: Positive = 256
-    """Neighbouring sequences kept together by the first level of the shuffle (sequential reads)."""
-    shuffle_window_sequences: Positive = 65_536
-    """Sequences over which the second level of the shuffle permutes within a stream."""
+    length_groups: Positive | None = None
+    """K: a stream sorts windows of about K batches by length, so that a batch is homogeneous in length; null: 1,024,
+    fewer where a stream's window would hold more than 16 million tokens."""
+    shuffle_block_sequences: Positive | None = None
+    """Neighbouring sequences kept together by the first level of the shuffle, one sequential read; null: one tar
+    member, less where the corpus is small, several where it is large (see `data/training_data.py`)."""
+    shuffle_window_sequences: Positive | None = None
+    """Sequences over which the second level of the shuffle permutes within a stream; null: about 4 million tokens."""
+    damage: Literal["fail", "skip"] = "fail"
+    """A member that is damaged or cannot be read ends the run, or its sequences are left out and counted."""
+    damage_budget_fraction: Fraction = 0.001
+    """With `skip`: the share of the training sequences that may be left out before the run ends."""
+    cache_dir: str | None = None
+    """Directory on each host that keeps what is read from an object store; null: none is kept."""
+    cache_bytes: Annotated[int, Field(ge=2**20)] = 100 * 2**30
+    """Largest size of `cache_dir`; what was used longest ago goes first."""
 
 
 class LstmConfig(Section):

@@ -66,17 +66,19 @@ def collate(sequences: Sequences, sample_id: np.ndarray) -> Batch:
 
 
 def _pad(sequences: Sequences, sample_id: np.ndarray, weight: float) -> Batch:
-    lengths = sequences.lengths.astype(np.int64)
-    valid = np.arange(int(lengths.max())) < lengths[:, None]
-    tokens = np.full(valid.shape, PAD_ID, dtype=np.int64)
+    lengths, offsets = sequences.lengths, sequences.offsets
+    count, longest = len(lengths), int(lengths.max())
+    # Token p of the flat array goes to its row's begin plus how far p is into the row.
+    valid = np.arange(int(offsets[-1])) + np.repeat(np.arange(0, count * longest, longest) - offsets[:-1], lengths)
+    tokens = np.full(count * longest, PAD_ID, dtype=np.int64)
     tokens[valid] = sequences.tokens
     return Batch(
-        tokens_BT=torch.from_numpy(tokens),
+        tokens_BT=torch.from_numpy(tokens.reshape(count, longest)),
         lengths_B=torch.from_numpy(lengths),
-        weight_B=torch.full((len(lengths),), weight),
+        weight_B=torch.full((count,), weight),
         sample_id_B=torch.from_numpy(np.ascontiguousarray(sample_id, dtype=np.int64)),
-        valid_N=torch.from_numpy(np.flatnonzero(valid)),
-        offsets_B1=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])),
+        valid_N=torch.from_numpy(valid),
+        offsets_B1=torch.from_numpy(offsets),
     )
 
 

@@ -7,26 +7,40 @@ from typing import Any
 
 import numpy as np
 
+from vae_dist.data.sequences import Sequences
 from vae_dist.data.special_ids import EOS_ID
 
 _HISTOGRAM_BINS = 16
 
 
-def fit_length(ids: np.ndarray, max_tokens: int, policy: str) -> list[np.ndarray]:
-    """Apply the length policy to one encoded text whose last token is the end of sequence.
+def fit_lengths(texts: Sequences, max_tokens: int, policy: str) -> tuple[Sequences, np.ndarray]:
+    """Apply the length policy to encoded texts, each of which ends with an end of sequence.
 
     Args:
-        max_tokens: longest piece, its end of sequence included.
-        policy: `truncate` keeps the first max_tokens - 1 tokens, `drop` nothing, `split` everything, in pieces of at
-            most max_tokens - 1 tokens. Every piece ends with an end of sequence of its own.
+        max_tokens: longest sequence, its end of sequence included.
+        policy: for a longer text, `truncate` keeps the first max_tokens - 1 tokens, `drop` nothing, `split`
+            everything, in pieces of at most max_tokens - 1 tokens. Every piece ends with an end of sequence.
+
+    Returns:
+        the sequences, and int64 the number of the text that each comes from.
     """
-    if len(ids) <= max_tokens:
-        return [ids]
+    lengths = texts.lengths
+    if not len(lengths) or lengths.max() <= max_tokens:
+        return texts, np.arange(len(lengths), dtype=np.int64)
     if policy == "drop":
-        return []
-    body, size = ids[:-1], max_tokens - 1
-    starts = range(0, len(body) if policy == "split" else 1, size)
-    return [np.append(body[start : start + size], EOS_ID) for start in starts]
+        rows = np.flatnonzero(lengths <= max_tokens)
+        return texts.take(rows), rows
+    body, size = lengths - 1, max_tokens - 1
+    pieces = np.maximum(1, -(-body // size)) if policy == "split" else np.ones(len(lengths), dtype=np.int64)
+    rows = np.repeat(np.arange(len(lengths), dtype=np.int64), pieces)
+    # Where a piece begins in its text: 0, size, 2 * size, ...
+    begins = (np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * size
+    sizes = np.minimum(body[rows] - begins, size) + 1
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    source = np.repeat(texts.offsets[rows] + begins - offsets[:-1], sizes) + np.arange(offsets[-1])
+    tokens = texts.tokens[source]
+    tokens[offsets[1:] - 1] = EOS_ID
+    return Sequences(tokens, offsets), rows
 
 
 def length_facts(lengths: Counter[int]) -> dict[str, Any]:

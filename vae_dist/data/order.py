@@ -1,18 +1,16 @@
-"""The canonical order: which sequences make up a global batch, as a pure function of its step.
+"""The canonical order of an epoch: which sequence stands where, computed and never stored.
 
-Two levels of shuffle over the N sequences of a split, both computed and never stored, so that resuming
-at any step of a corpus of any size costs no scan and no memory:
+Two levels of shuffle over the N sequences of a split, so that resuming at any step of a corpus of any size costs
+no scan and no memory:
 
-1. blocks of `block_sequences` neighbours are permuted over the whole split (reads stay sequential),
-2. stream s of S owns the positions [s*N/S, (s+1)*N/S) of that list and permutes them within windows of
-   `window_sequences`.
+1. Blocks of `block_sequences` neighbours, each one sequential read, are dealt to the S streams. Up to 8 neighbouring
+   blocks form a stripe; the stripes are permuted over the whole split, and the blocks of a stripe go to different
+   streams at the same place: what a corpus holds in one region comes to them together, so that their windows are
+   alike in length.
+2. Every stream permutes what it was dealt within windows of `window_sequences`.
 
-A batch of B takes g = B/S sequences from every stream. A stream cuts its positions into groups windows
-of K*g, sorts each by length and cuts K equal groups; one permutation of the K groups, shared by all
-streams, says which group is used when, so a batch is homogeneous in length and unbiased per sequence.
-What does not fill a batch at the end of an epoch forms its last batch, padded with weight zero.
-
-Nothing here depends on world size, loader threads or token budget.
+`windows.py` says which of a stream's positions make up which batch. Nothing here depends on world size, loader
+threads or token budget.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FEISTEL_ROUNDS = 6
+_STRIPE_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class OrderSpec:
         streams: S.
         batch_sequences: B, a multiple of S.
         length_groups: K.
-        block_sequences, window_sequences: the two levels of the shuffle.
+        block_sequences: of the first level of the shuffle.
+        window_sequences: of the second level.
     """
 
     sequences: int
@@ -58,15 +58,25 @@ class OrderSpec:
         """Batches in an epoch, the padded last one included."""
         return -(-self.sequences // self.batch_sequences)
 
-    def real_sequences(self, step: int) -> int:
-        """B_real of global step `step`: B, or what is left in the last batch of an epoch."""
-        if (step + 1) % self.steps_per_epoch:
-            return self.batch_sequences
-        return self.sequences - (self.steps_per_epoch - 1) * self.batch_sequences
+    @property
+    def stripe_blocks(self) -> int:
+        """Blocks in a stripe: the largest divisor of S up to 8."""
+        return max(d for d in range(1, _STRIPE_BLOCKS + 1) if self.streams % d == 0)
 
-    def stream_range(self, stream: int) -> tuple[int, int]:
-        """First and one-past-last position of a stream in the epoch's block-permuted list."""
-        return stream * self.sequences // self.streams, (stream + 1) * self.sequences // self.streams
+    @property
+    def blocks_per_stream(self) -> int:
+        """Whole blocks that every stream is dealt; what is left over is divided sequence by sequence."""
+        return self.sequences // self.block_sequences // self.streams
+
+    def left_over(self, stream: int) -> tuple[int, int]:
+        """The stream's part of what is left over when every stream has its blocks."""
+        count = self.sequences - self.blocks_per_stream * self.streams * self.block_sequences
+        return stream * count // self.streams, (stream + 1) * count // self.streams
+
+    def stream_sequences(self, stream: int) -> int:
+        """Sequences of a stream in an epoch; those of two streams differ by one at most."""
+        begin, end = self.left_over(stream)
+        return self.blocks_per_stream * self.block_sequences + end - begin
 
 
 def permute(index: np.ndarray, size: int, key: int, *, inverse: bool = False) -> np.ndarray:
@@ -127,82 +137,97 @@ def _scramble(value: np.ndarray) -> np.ndarray:
 
 
 class EpochOrder:
-    """The order of one epoch: stream positions to sequence numbers, and groups to batches."""
+    """The order of one epoch: from a stream's positions to sequence numbers."""
 
     def __init__(self, spec: OrderSpec, epoch: int) -> None:
         self.spec = spec
-        self.epoch = epoch
         self._key = mix(int(spec.manifest_hash[:16], 16), spec.seed, epoch)
-        self._blocks = -(-spec.sequences // spec.block_sequences)
-        # The last block may be short; where it lands shifts every later position by what it lacks.
-        self._short_size = spec.sequences - (self._blocks - 1) * spec.block_sequences
-        last = np.array([self._blocks - 1], dtype=np.int64)
-        self._short_at = int(permute(last, self._blocks, mix(self._key, 1), inverse=True)[0])
+        self._stripe = spec.stripe_blocks * spec.block_sequences
+        self._stripes = spec.sequences // self._stripe
+        # Streams that are congruent modulo this share their stripes: with so many ranks, those of one rank.
+        self._groups = spec.streams // spec.stripe_blocks
+
+    def key(self, *parts: int) -> int:
+        """A key for what else is drawn in this epoch."""
+        return mix(self._key, *parts)
+
+    def window_size(self, stream: int, window: int) -> int:
+        """Sequences in a stream's shuffle window; the last one may be short, those after it are empty."""
+        size = self.spec.window_sequences
+        return max(0, min(size, self.spec.stream_sequences(stream) - window * size))
+
+    def runs(self, stream: int, window: int) -> list[tuple[int, int]]:
+        """The (first sequence, count) of every block or part of one in a shuffle window: what to read."""
+        begin = window * self.spec.window_sequences
+        end = begin + self.window_size(stream, window)
+        dealt = self.spec.blocks_per_stream * self.spec.block_sequences
+        first_left = self.spec.left_over(stream)[0] - dealt
+        runs = self._dealt(stream, begin, min(end, dealt)) if begin < dealt else []
+        return runs + self._left_over(first_left + max(begin, dealt), first_left + end)
+
+    def permutation(self, stream: int, window: int) -> np.ndarray:
+        """How a shuffle window is permuted: entry i is the place, in the order of `runs`, of position i. int64."""
+        number = np.arange(self.window_size(stream, window), dtype=np.uint64)
+        # A bijection of 64-bit numbers: no two keys are equal, so the sorted order is one and the same everywhere.
+        return np.argsort(_scramble(number ^ np.uint64(self.key(2, stream, window))))
 
     def sequence_numbers(self, stream: int, first: int, count: int) -> np.ndarray:
         """Sequence numbers at the stream's positions [first, first + count), shuffled. int64[count]."""
-        begin, end = self.spec.stream_range(stream)
-        position = np.arange(first, first + count, dtype=np.int64)
-        window = position // self.spec.window_sequences
-        shuffled = np.empty_like(position)
-        for number in np.unique(window):
-            here = window == number
-            base = int(number) * self.spec.window_sequences
-            size = min(self.spec.window_sequences, end - begin - base)
-            shuffled[here] = base + permute(position[here] - base, size, mix(self._key, 2, stream, int(number)))
-        return self._at_list_position(begin + shuffled)
+        size, parts = self.spec.window_sequences, [np.empty(0, dtype=np.int64)]
+        for window in range(first // size, -(-(first + count) // size)):
+            listed = [np.arange(begin, begin + run, dtype=np.int64) for begin, run in self.runs(stream, window)]
+            shuffled = np.concatenate(listed)[self.permutation(stream, window)]
+            base = window * size
+            parts.append(shuffled[max(first - base, 0) : first + count - base])
+        return np.concatenate(parts)
 
-    def windows(self) -> int:
-        """Length-sorting windows in the epoch."""
-        return -(-self.spec.steps_per_epoch // self.spec.length_groups)
+    def owner(self, sequence: int) -> tuple[int, int]:
+        """The way back: the stream that holds a sequence in this epoch, and in which of its shuffle windows."""
+        spec = self.spec
+        stripe, inside = divmod(sequence, self._stripe)
+        place = stripe
+        if stripe < self._stripes:
+            place = int(permute(np.array([stripe]), self._stripes, self.key(1), inverse=True)[0])
+        turns = spec.blocks_per_stream
+        if place < self._groups * turns:
+            group, turn = divmod(place, turns)
+            column, at = divmod(inside, spec.block_sequences)
+            turned = int(self._turn(np.array([stripe]))[0])
+            stream = group + self._groups * ((column - turned) % spec.stripe_blocks)
+            position = turn * spec.block_sequences + at
+        else:
+            left = (place - self._groups * turns) * self._stripe + inside
+            # The last stream whose part begins at or before it.
+            stream = ((left + 1) * spec.streams - 1) // spec.left_over(spec.streams - 1)[1]
+            position = turns * spec.block_sequences + left - spec.left_over(stream)[0]
+        return stream, position // spec.window_sequences
 
-    def groups_in_window(self, window: int) -> int:
-        """Batches that the window provides: K, fewer in the last one."""
-        return min(self.spec.length_groups, self.spec.steps_per_epoch - window * self.spec.length_groups)
-
-    def group_order(self, window: int) -> np.ndarray:
-        """Which length group is used at each of the window's steps, the same for all streams.
-
-        The last group of the epoch is the one that may be short, so it stays last.
-        """
-        groups = self.groups_in_window(window)
-        movable = groups - 1 if window == self.windows() - 1 else groups
-        order = np.arange(groups, dtype=np.int64)
-        if movable > 1:
-            order[:movable] = permute(order[:movable], movable, mix(self._key, 3, window))
-        return order
-
-    def groups(self, window: int, numbers: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-        """Cut a stream's window into length groups.
-
-        Args:
-            window: number of the window in the epoch.
-            numbers: the window's sequence numbers in stream order, as `sequence_numbers` gives them.
-            lengths: their lengths in tokens.
-
-        Returns:
-            one int64 array of indices into `numbers` per step of the window, in the order of use. All hold
-            g sequences, but for the epoch's last, which holds what is left.
-        """
-        size, count = self.spec.group_sequences, self.groups_in_window(window)
-        full = len(numbers) - (count - 1) * size if window == self.windows() - 1 else size
-        # What is left over is taken in shuffled order, not by length: sorting would always leave the longest.
-        sortable = len(numbers) - full if window == self.windows() - 1 else len(numbers)
-        # Ties are broken by a hash, or equal lengths would stay in corpus order.
-        tie = _scramble(numbers[:sortable].astype(np.uint64) ^ np.uint64(mix(self._key, 4)))
-        by_length = np.lexsort((tie, lengths[:sortable]))
-        cut = [by_length[i * size : (i + 1) * size] for i in range(sortable // size)]
-        if sortable < len(numbers):
-            cut.append(np.arange(sortable, len(numbers), dtype=np.int64))
-        while len(cut) < count:
-            cut.append(np.empty(0, dtype=np.int64))
-        return [cut[i] for i in self.group_order(window)]
-
-    def _at_list_position(self, position: np.ndarray) -> np.ndarray:
+    def _dealt(self, stream: int, begin: int, end: int) -> list[tuple[int, int]]:
+        """The runs of positions [begin, end) among the blocks that the stream was dealt."""
         size = self.spec.block_sequences
-        short_begin = self._short_at * size
-        missing = size - self._short_size
-        after = position >= short_begin + self._short_size
-        padded = np.where(after, position + missing, position)
-        block = permute(padded // size, self._blocks, mix(self._key, 1))
-        return block * size + padded % size
+        turn = np.arange(begin // size, -(-end // size), dtype=np.int64)
+        column, group = divmod(stream, self._groups)
+        stripe = permute(group * self.spec.blocks_per_stream + turn, self._stripes, self.key(1))
+        block = stripe * self.spec.stripe_blocks + (column + self._turn(stripe)) % self.spec.stripe_blocks
+        start = block * size + np.maximum(begin - turn * size, 0)
+        stop = block * size + np.minimum(end - turn * size, size)
+        return list(zip(start.tolist(), (stop - start).tolist(), strict=True))
+
+    def _left_over(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """The runs of positions [begin, end) of the stripes that were not dealt and of what fills no stripe."""
+        runs = []
+        while begin < end:
+            number, inside = divmod(begin, self._stripe)
+            place = self._groups * self.spec.blocks_per_stream + number
+            stripe = place
+            if place < self._stripes:
+                stripe = int(permute(np.array([place]), self._stripes, self.key(1))[0])
+            count = min(end - begin, self._stripe - inside)
+            runs.append((stripe * self._stripe + inside, count))
+            begin += count
+        return runs
+
+    def _turn(self, stripe: np.ndarray) -> np.ndarray:
+        """By how much the blocks of a stripe are turned, so that no stream always gets the same one."""
+        turned = _scramble(stripe.astype(np.uint64) ^ np.uint64(self.key(5)))
+        return (turned % np.uint64(self.spec.stripe_blocks)).astype(np.int64)

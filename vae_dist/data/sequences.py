@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_ROWS_AT_ONCE = 2048
+
 
 @dataclass(frozen=True)
 class Sequences:
     """n sequences; sequence i is tokens[offsets[i] : offsets[i + 1]].
 
     Attributes:
-        tokens: unsigned or signed integers, flat.
-        offsets: int64[n + 1], from 0.
+        tokens: unsigned or signed integers, flat; nothing but the sequences.
+        offsets: int64[n + 1], from 0 to len(tokens).
     """
 
     tokens: np.ndarray
@@ -34,22 +36,44 @@ class Sequences:
         """int64[n]."""
         return np.diff(self.offsets)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both arrays."""
+        return self.tokens.nbytes + self.offsets.nbytes
+
+    def slice(self, begin: int, end: int) -> Sequences:
+        """The sequences [begin, end), not copied."""
+        offsets = self.offsets[begin : end + 1]
+        return Sequences(self.tokens[offsets[0] : offsets[-1]], offsets - offsets[0])
+
     def take(self, indices: np.ndarray | Sequence[int]) -> Sequences:
         """The sequences at `indices`, in that order, copied."""
         indices = np.asarray(indices, dtype=np.int64)
-        lengths = self.lengths[indices]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        starts = self.offsets[indices]
+        lengths = self.offsets[indices + 1] - starts
+        offsets = np.zeros(len(indices) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        tokens = np.empty(int(offsets[-1]), dtype=self.tokens.dtype)
         # Position p of the result comes from its sequence's start plus how far p is into the sequence.
-        source = np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Sequences(self.tokens[source], offsets)
+        shift = starts - offsets[:-1]
+        # Piece by piece: the positions of a whole window would not stay in cache.
+        for row in range(0, len(indices), _ROWS_AT_ONCE):
+            end = min(row + _ROWS_AT_ONCE, len(indices))
+            here = slice(int(offsets[row]), int(offsets[end]))
+            source = np.repeat(shift[row:end], lengths[row:end])
+            source += np.arange(here.start, here.stop)
+            np.take(self.tokens, source, out=tokens[here], mode="clip")
+        return Sequences(tokens, offsets)
 
     @staticmethod
     def concatenate(parts: Sequence[Sequences]) -> Sequences:
         """All parts in order; no part at all gives no sequence."""
         if not parts:
             return Sequences(np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+        if len(parts) == 1:
+            return parts[0]
         lengths = np.concatenate([p.lengths for p in parts])
-        tokens = np.concatenate([p.tokens[p.offsets[0] : p.offsets[-1]] for p in parts])
+        tokens = np.concatenate([p.tokens for p in parts])
         return Sequences(tokens, np.concatenate([[0], np.cumsum(lengths)]))
 
     @staticmethod

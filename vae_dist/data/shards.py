@@ -5,16 +5,19 @@
 
 `tokens` are the tokens to predict, end of sequence last; the beginning of sequence is not stored. `doc` is the
 number of the text in its split. The schema's metadata names the tokenizer. Stock `webdataset` and Ray Data read
-these tars; this module reads single members by offset.
+these tars; this module also reads single members by offset.
+
+The index keeps a checksum of a member's whole entry, tar header and padding included: tar readers take a damaged
+header for the end of the archive and say nothing.
 """
 
 from __future__ import annotations
 
+import io
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -23,17 +26,22 @@ import xxhash
 from vae_dist.data.sequences import Sequences
 from vae_dist.errors import DataError
 
-if TYPE_CHECKING:
-    import webdataset
-
-FORMAT_VERSION = 1
-_TAR_BLOCK = 512
+FORMAT_VERSION = 2
+TAR_BLOCK = 512
 _READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class MemberEntry:
-    """One tar member: where its bytes are and what they hold."""
+    """One tar member: where its entry lies in the shard and what it holds.
+
+    Attributes:
+        shard: number of the shard in its split.
+        offset, bytes: of the entry: tar header, payload, padding to a whole block.
+        first_sequence: number of its first sequence in the split.
+        sequences, tokens: how many it holds.
+        crc32: of the entry's bytes.
+    """
 
     shard: int
     offset: int
@@ -46,13 +54,22 @@ class MemberEntry:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar file of a split."""
+    """One tar file of a split; `xxh3` is the 128-bit hash of the file, in hex."""
 
     name: str
     bytes: int
     xxh3: str
     members: int
     sequences: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A whole tar in memory and its rows of the two tables."""
+
+    data: bytes
+    entry: ShardEntry
+    members: list[MemberEntry]
 
 
 def token_type(vocab_size: int) -> pa.DataType:
@@ -66,8 +83,60 @@ def payload_schema(vocab_size: int, tokenizer_sha256: str) -> pa.Schema:
     return pa.schema(fields, {"tokenizer_sha256": tokenizer_sha256, "format_version": str(FORMAT_VERSION)})
 
 
+def entry_bytes(payload_bytes: int) -> int:
+    """Bytes that a member takes in a tar: header, payload, padding to a whole block."""
+    return TAR_BLOCK + -(-payload_bytes // TAR_BLOCK) * TAR_BLOCK
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of a split's shard."""
+    return f"{split}-{number:06d}.tar"
+
+
+def build_shard(
+    split: str,
+    number: int,
+    first_member: int,
+    first_sequence: int,
+    members: Iterable[tuple[Sequences, np.ndarray]],
+    schema: pa.Schema,
+) -> Shard:
+    """A shard from its members' sequences and doc numbers; the same input gives the same bytes.
+
+    Args:
+        number: of the shard in its split.
+        first_member, first_sequence: numbers, in the split, of the first member and of its first sequence.
+        members: sequences and int64 doc numbers of each member.
+        schema: from `payload_schema`.
+    """
+    # Imported here: webdataset imports torch, and readers need neither.
+    import webdataset
+
+    sink, entries = io.BytesIO(), []
+    offset, start = 0, first_sequence
+    # Fixed owner, mode and time: the bytes of a shard depend on nothing but its sequences.
+    with webdataset.TarWriter(sink, user="user", group="group", mode=0o444, mtime=0, encoder=False) as tar:
+        for member, (sequences, docs) in enumerate(members, first_member):
+            payload = encode_member(sequences, docs, schema)
+            tar.write({"__key__": f"{split}-{number:06d}-{member:08d}", "arrow": payload})
+            size = entry_bytes(len(payload))
+            tokens = int(sequences.offsets[-1] - sequences.offsets[0])
+            entries.append(MemberEntry(number, offset, size, start, len(sequences), tokens, 0))
+            offset, start = offset + size, start + len(sequences)
+    data = sink.getvalue()
+    view = memoryview(data)
+    checked = [
+        MemberEntry(e.shard, e.offset, e.bytes, e.first_sequence, e.sequences, e.tokens,
+                    zlib.crc32(view[e.offset : e.offset + e.bytes]))
+        for e in entries
+    ]  # fmt: skip
+    digest = xxhash.xxh3_128_hexdigest(data)
+    entry = ShardEntry(shard_name(split, number), len(data), digest, len(entries), start - first_sequence)
+    return Shard(data, entry, checked)
+
+
 class ShardWriter:
-    """Writes the shards of one split; the same sequences give the same bytes."""
+    """Writes the shards of one split, one sequence after another."""
 
     def __init__(self, directory: Path, split: str, schema: pa.Schema, shard_bytes: int, member_sequences: int) -> None:
         self.members: list[MemberEntry] = []
@@ -76,8 +145,8 @@ class ShardWriter:
         self._shard_bytes, self._member_sequences = shard_bytes, member_sequences
         self._rows: list[np.ndarray] = []
         self._docs: list[int] = []
-        self._tar: _Tar | None = None
-        self._first_sequence = self._shard_members = self._shard_first_sequence = 0
+        self._held: list[tuple[Sequences, np.ndarray]] = []
+        self._held_bytes = 0
 
     def add(self, tokens: np.ndarray, doc: int) -> None:
         """Append one sequence."""
@@ -87,71 +156,35 @@ class ShardWriter:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left and finish the last shard."""
+        """Write what is left."""
         if self._rows:
             self._flush()
-        self._close_shard()
+        if self._held:
+            self._write()
 
     def _flush(self) -> None:
-        payload = encode_member(self._rows, self._docs, self._schema)
-        if self._tar is not None and self._tar.offset + len(payload) > self._shard_bytes:
-            self._close_shard()
-        if self._tar is None:
-            self._tar = _Tar(self._directory / self._shard_name())
-        shard, count = len(self.shards), len(self._rows)
-        offset = self._tar.write(f"{self._split}-{shard:06d}-{len(self.members):08d}", payload)
-        tokens, crc32 = sum(map(len, self._rows)), zlib.crc32(payload)
-        self.members.append(MemberEntry(shard, offset, len(payload), self._first_sequence, count, tokens, crc32))
-        self._first_sequence += count
-        self._shard_members += 1
+        sequences, docs = Sequences.from_list(self._rows), np.array(self._docs, dtype=np.int64)
+        size = entry_bytes(len(encode_member(sequences, docs, self._schema)))
+        if self._held and self._held_bytes + size > self._shard_bytes:
+            self._write()
+        self._held.append((sequences, docs))
+        self._held_bytes += size
         self._rows, self._docs = [], []
 
-    def _shard_name(self) -> str:
-        return f"{self._split}-{len(self.shards):06d}.tar"
-
-    def _close_shard(self) -> None:
-        if self._tar is None:
-            return
-        self._tar.close()
-        self._tar = None
-        path = self._directory / self._shard_name()
-        sequences = self._first_sequence - self._shard_first_sequence
-        self.shards.append(ShardEntry(path.name, path.stat().st_size, hash_file(path), self._shard_members, sequences))
-        self._shard_members, self._shard_first_sequence = 0, self._first_sequence
+    def _write(self) -> None:
+        first = self.members[-1].first_sequence + self.members[-1].sequences if self.members else 0
+        shard = build_shard(self._split, len(self.shards), len(self.members), first, self._held, self._schema)
+        (self._directory / shard.entry.name).write_bytes(shard.data)
+        self.shards.append(shard.entry)
+        self.members += shard.members
+        self._held, self._held_bytes = [], 0
 
 
-class _Tar:
-    """A tar file that knows where the bytes of its members begin."""
-
-    def __init__(self, path: Path) -> None:
-        # Imported here: webdataset imports torch, and readers need neither.
-        import webdataset
-
-        # A file, not its name, in which webdataset would look for URLs and pipes.
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115
-        # Fixed owner, mode and time: the bytes of a shard depend on nothing but its sequences.
-        self._writer: webdataset.TarWriter = webdataset.TarWriter(
-            self._file, user="user", group="group", mode=0o444, mtime=0, encoder=False
-        )
-        self.offset = 0
-
-    def write(self, key: str, payload: bytes) -> int:
-        """Append a member; the offset of its payload in the file."""
-        self._writer.write({"__key__": key, "arrow": payload})
-        start = self.offset + _TAR_BLOCK
-        self.offset = start + -(-len(payload) // _TAR_BLOCK) * _TAR_BLOCK
-        return start
-
-    def close(self) -> None:
-        self._writer.close()
-        self._file.close()
-
-
-def encode_member(rows: list[np.ndarray], docs: list[int], schema: pa.Schema) -> bytes:
-    """One Arrow IPC stream of one record batch."""
-    sequences = Sequences.from_list(rows)
-    values = pa.array(sequences.tokens, type=schema.field("tokens").type.value_type)
-    tokens = pa.ListArray.from_arrays(pa.array(sequences.offsets, type=pa.int32()), values)
+def encode_member(sequences: Sequences, docs: np.ndarray, schema: pa.Schema) -> bytes:
+    """The Arrow IPC stream of one record batch."""
+    kind = schema.field("tokens").type
+    values = pa.array(sequences.tokens.astype(kind.value_type.to_pandas_dtype(), copy=False))
+    tokens = pa.ListArray.from_arrays(pa.array(sequences.offsets, type=pa.int32()), values, type=kind)
     batch = pa.record_batch([tokens, pa.array(docs, type=pa.int64())], schema=schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as stream:
@@ -159,30 +192,61 @@ def encode_member(rows: list[np.ndarray], docs: list[int], schema: pa.Schema) ->
     return sink.getvalue().to_pybytes()
 
 
-def decode_member(payload: pa.Buffer, entry: MemberEntry, schema: pa.Schema, where: Callable[[], str]) -> Sequences:
-    """The sequences of a member from its bytes, checked against the index. Tokens are a view of `payload`.
+class Decoder:
+    """Decodes the members of one data set and refuses whatever is not what was written."""
 
-    Args:
-        schema: what `payload_schema` gives for the data set; the tokenizer in it must match.
-        where: names shard, member and offset in errors.
+    def __init__(self, schema: pa.Schema, vocab_size: int) -> None:
+        self._schema, self._vocab_size = schema, vocab_size
 
-    Raises:
-        DataError: the bytes are not the ones that were written.
-    """
-    if payload.size != entry.bytes or zlib.crc32(payload) != entry.crc32:
-        raise DataError(
-            f"{where()} is damaged: its {payload.size} of {entry.bytes} bytes do not match the checksum in the "
-            "index. Restore the shard from a copy, or delete the data set and prepare it again."
-        )
-    with pa.ipc.open_stream(payload) as stream:
-        if not stream.schema.equals(schema, check_metadata=True):
+    def __call__(self, data: pa.Buffer, entry: MemberEntry, where: Callable[[], str]) -> Sequences:
+        """The sequences of a member from its entry's bytes. Tokens are a view of `data`.
+
+        Args:
+            where: names shard, member and offset in errors.
+
+        Raises:
+            DataError: the bytes are not the ones that were written, or do not fit the data set.
+        """
+        if data.size != entry.bytes or zlib.crc32(data) != entry.crc32:
             raise DataError(
-                f"{where()} was written with another tokenizer or format than the manifest says. Restore the "
-                "shards of this data set."
+                f"{where()} is damaged: its {data.size} of {entry.bytes} bytes do not match the checksum in the "
+                "index. Restore the shard from a copy, or delete the data set and prepare it again."
             )
-        column = stream.read_next_batch().column(0)
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    return Sequences(column.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0])
+        try:
+            with pa.ipc.open_stream(data.slice(TAR_BLOCK)) as stream:
+                if not stream.schema.equals(self._schema, check_metadata=True):
+                    raise DataError(
+                        f"{where()} was written with another tokenizer or format than the manifest says. Restore the "
+                        "shards of this data set."
+                    )
+                column = stream.read_next_batch().column(0)
+        except (pa.ArrowException, StopIteration) as error:
+            raise DataError(f"{where()} is no Arrow record batch: {error}. Prepare the data again.") from None
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        tokens = column.values.to_numpy()[offsets[0] : offsets[-1]]
+        self._check(tokens, offsets, entry, where)
+        return Sequences(tokens, offsets - offsets[0])
+
+    def _check(self, tokens: np.ndarray, offsets: np.ndarray, entry: MemberEntry, where: Callable[[], str]) -> None:
+        if (len(offsets) - 1, len(tokens)) != (entry.sequences, entry.tokens):
+            raise DataError(
+                f"{where()} holds {len(offsets) - 1} sequences and {len(tokens)} tokens; the index says "
+                f"{entry.sequences} and {entry.tokens}. Restore the data set, or prepare it again."
+            )
+        # A sequence of no token stands for one that was left out; see `Split.read`.
+        if (np.diff(offsets) < 1).any():
+            raise DataError(f"{where()} holds a sequence without a token. Prepare the data again.")
+        if len(tokens) and int(tokens.max()) >= self._vocab_size:
+            raise DataError(
+                f"{where()} holds the token {int(tokens.max())}, outside the vocabulary of {self._vocab_size}. "
+                "Prepare the data again with this data set's tokenizer."
+            )
+
+
+def member_docs(data: pa.Buffer) -> np.ndarray:
+    """int64 doc numbers of a member's sequences, from the bytes of its entry, which a `Decoder` has passed."""
+    with pa.ipc.open_stream(data.slice(TAR_BLOCK)) as stream:
+        return stream.read_next_batch().column(1).to_numpy()
 
 
 def hash_file(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The training stream: step -> this rank's share of the global batch, read ahead in a thread.
+"""The training stream: step -> this rank's share of the global batch, the next window read in the background.
 
 The stream holds no position. `share(step)` gives the same answer whatever was read before, so resuming is
 starting at another step, and another world size reads the same global batches.
@@ -6,112 +6,152 @@ starting at another step, and another world size reads the same global batches.
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from vae_dist.data.batch import Share
-from vae_dist.data.dataset import Split
 from vae_dist.data.order import EpochOrder, OrderSpec
 from vae_dist.data.sequences import Sequences
-
-_READ_AHEAD = 4
+from vae_dist.data.split import Split
+from vae_dist.data.windows import WindowKey, Windows
 
 
 @dataclass(frozen=True)
-class _Window:
-    """One stream's length-sorting window: its sequences and the group used at each step."""
+class _Prepared:
+    """A length window of all of the rank's streams, its sequences in the order of use.
 
+    Attributes:
+        bounds: int64[turns + 1]; step `turn` of the window takes sequences [bounds[turn], bounds[turn + 1]).
+        slots: int64[n], place of each sequence in its global batch.
+    """
+
+    key: WindowKey
     sequences: Sequences
-    groups: list[np.ndarray]
+    bounds: np.ndarray
+    slots: np.ndarray
 
 
 class Stream:
     """One rank's view of the canonical order.
 
-    Rank r of w owns the streams r, r + w, ...; memory is one window of each.
+    Rank r of w owns the streams r, r + w, ...; it holds a shuffle window of each and two length windows of all.
     """
 
-    def __init__(self, split: Split, spec: OrderSpec, rank: int, world_size: int) -> None:
+    def __init__(self, splits: Sequence[Split], windows: Windows, rank: int, world_size: int) -> None:
+        """
+        Args:
+            splits: one a data set, as many as `windows` has.
+        """
+        spec = windows.specs[0]
         if spec.streams % world_size:
             raise ValueError(f"world size {world_size} does not divide {spec.streams} streams")
-        self._split = split
-        self.spec = spec
+        self._windows, self._spec = windows, spec
         self._owned = range(rank, spec.streams, world_size)
-        self._order = EpochOrder(spec, 0)
-        self._windows: dict[int, _Window] = {}
-        self._window_key = (-1, -1)
+        self._feeds = {
+            (component, stream): _Feed(split, each, stream)
+            for component, (split, each) in enumerate(zip(splits, windows.specs, strict=True))
+            for stream in self._owned
+        }
+        # One thread prepares all windows, so the feeds need no locks; it ends with the stream.
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="stream-read-ahead")
+        self._prepared: _Prepared | None = None
+        self._next: tuple[WindowKey, Future[_Prepared]] | None = None
+        self._waited_seconds = 0.0
 
     def share(self, step: int) -> Share:
-        """This rank's sequences of global step `step` (counted from 0 over all epochs)."""
-        epoch, step_in_epoch = divmod(step, self.spec.steps_per_epoch)
-        window, turn = divmod(step_in_epoch, self.spec.length_groups)
-        self._load(epoch, window)
-        size = self.spec.group_sequences
-        parts, ids = [], []
-        for stream in self._owned:
-            loaded = self._windows[stream]
-            group = loaded.groups[turn]
-            parts.append(loaded.sequences.take(group))
-            first_slot = step * self.spec.batch_sequences + stream * size
-            ids.append(first_slot + np.arange(len(group), dtype=np.int64))
-        return Share(Sequences.concatenate(parts), np.concatenate(ids), self.spec.real_sequences(step))
+        """This rank's sequences of global step `step` (counted from 0 over all epochs).
+
+        Raises:
+            DataError: a shard is missing or damaged.
+        """
+        key, turn = self._windows.locate(step)
+        if self._prepared is None or self._prepared.key != key:
+            self._prepared = self._load(key)
+            following, _ = self._windows.locate(step - turn + len(self._prepared.bounds) - 1)
+            self._next = following, self._background.submit(self._prepare, following)
+        begin, end = self._prepared.bounds[turn : turn + 2]
+        sequences = self._prepared.sequences.slice(begin, end)
+        slots = step * self._spec.batch_sequences + self._prepared.slots[begin:end]
+        return Share(sequences, slots, self._windows.real_sequences(step))
 
     def shares(self, first_step: int, end_step: int) -> Iterator[Share]:
-        """Shares of steps [first_step, end_step), read ahead in a background thread.
+        """Shares of steps [first_step, end_step), the time that the consumer waits for them counted."""
+        for step in range(first_step, end_step):
+            asked = time.monotonic()
+            share = self.share(step)
+            self._waited_seconds += time.monotonic() - asked
+            yield share
 
-        An error while reading is raised here, in the consumer.
-        """
-        ready: queue.Queue[Share | BaseException] = queue.Queue(maxsize=_READ_AHEAD)
-        stopped = threading.Event()
+    def take_waited_seconds(self) -> float:
+        """How long the consumer of `shares` has waited since this was last asked."""
+        waited, self._waited_seconds = self._waited_seconds, 0.0
+        return waited
 
-        def put(item: Share | BaseException) -> bool:
-            while not stopped.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    return True
-                except queue.Full:
-                    continue
-            return False
+    def _load(self, key: WindowKey) -> _Prepared:
+        if self._next is None or self._next[0] != key:
+            self._next = key, self._background.submit(self._prepare, key)
+        return self._next[1].result()
 
-        def read() -> None:
-            try:
-                for step in range(first_step, end_step):
-                    if not put(self.share(step)):
-                        return
-            except BaseException as error:  # handed to the consumer, which raises it
-                put(error)
+    def _prepare(self, key: WindowKey) -> _Prepared:
+        """Read a window of every owned stream and lay it out step by step, within a step stream by stream."""
+        parts, places, turns, slots, size = [], [], [], [], 0
+        for stream in self._owned:
+            pieces = self._windows.pieces(key, stream)
+            taken = [self._feeds[p.component, stream].take(p.epoch, p.first, p.count) for p in pieces]
+            window = Sequences.concatenate(taken)
+            groups = self._windows.groups(key, window.lengths)
+            in_group = np.arange(len(window)) - np.repeat(np.cumsum(groups.sizes) - groups.sizes, groups.sizes)
+            parts.append(window)
+            places.append(size + groups.places)
+            turns.append(np.repeat(np.arange(len(groups.sizes)), groups.sizes))
+            slots.append(stream * self._spec.group_sequences + in_group)
+            size += len(window)
+        turn = np.concatenate(turns)
+        layout = np.argsort(turn.astype(np.uint16) if len(groups.sizes) < 2**16 else turn, kind="stable")
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(turn, minlength=len(groups.sizes)))])
+        sequences = Sequences.concatenate(parts).take(np.concatenate(places)[layout])
+        return _leave_out_damaged(key, sequences, bounds, np.concatenate(slots)[layout])
 
-        thread = threading.Thread(target=read, name="stream-read-ahead", daemon=True)
-        thread.start()
-        try:
-            for _ in range(first_step, end_step):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-            thread.join()
+
+def _leave_out_damaged(key: WindowKey, sequences: Sequences, bounds: np.ndarray, slots: np.ndarray) -> _Prepared:
+    """Without the sequences of length 0, which stand for damage; the others keep their slots."""
+    is_whole = sequences.lengths > 0
+    if is_whole.all():
+        return _Prepared(key, sequences, bounds, slots)
+    before = np.concatenate([[0], np.cumsum(is_whole)])
+    return _Prepared(key, sequences.take(np.flatnonzero(is_whole)), before[bounds], slots[is_whole])
+
+
+class _Feed:
+    """One canonical stream of one data set, by position; holds the shuffle window that was read last."""
+
+    def __init__(self, split: Split, spec: OrderSpec, stream: int) -> None:
+        self._split, self._spec, self._stream = split, spec, stream
+        self._key: tuple[int, int] | None = None
+        self._sequences, self._permutation = Sequences.concatenate([]), np.empty(0, dtype=np.int64)
+
+    def take(self, epoch: int, first: int, count: int) -> Sequences:
+        """The sequences at positions [first, first + count) of the stream's shuffled list in `epoch`."""
+        parts = []
+        while count:
+            window, inside = divmod(first, self._spec.window_sequences)
+            number = min(count, self._spec.window_sequences - inside)
+            self._load(epoch, window)
+            parts.append(self._sequences.take(self._permutation[inside : inside + number]))
+            first, count = first + number, count - number
+        return Sequences.concatenate(parts)
 
     def _load(self, epoch: int, window: int) -> None:
-        if self._window_key == (epoch, window):
+        if self._key == (epoch, window):
             return
-        if self._order.epoch != epoch:
-            self._order = EpochOrder(self.spec, epoch)
-        self._windows = {stream: self._read_window(stream, window) for stream in self._owned}
-        self._window_key = (epoch, window)
-
-    def _read_window(self, stream: int, window: int) -> _Window:
-        begin, end = self.spec.stream_range(stream)
-        size = self.spec.length_groups * self.spec.group_sequences
-        first = window * size
-        numbers = self._order.sequence_numbers(stream, first, min(size, end - begin - first))
-        sequences = gather(self._split, numbers, self.spec.block_sequences)
-        return _Window(sequences, self._order.groups(window, numbers, sequences.lengths))
+        order = EpochOrder(self._spec, epoch)
+        self._sequences = self._split.read_runs(order.runs(self._stream, window))
+        self._permutation = order.permutation(self._stream, window)
+        self._key = (epoch, window)
 
 
 def gather(split: Split, numbers: np.ndarray, block_sequences: int) -> Sequences:

@@ -2,49 +2,60 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 
-from vae_dist.data.shards import FORMAT_VERSION, MemberEntry, ShardEntry, hash_file
+from vae_dist.data.shards import FORMAT_VERSION, MemberEntry, ShardEntry
+from vae_dist.data.work import Folder
 
 _ARROW_TYPES = {"int": pa.int64(), "str": pa.string()}
 
 
 def write_tables(
-    directory: Path, members: Mapping[str, Sequence[MemberEntry]], shards: Mapping[str, Sequence[ShardEntry]]
-) -> None:
-    """Write index.arrow and shards.arrow, splits one after another in the given order."""
-    _write_table(directory / "index.arrow", members, MemberEntry)
-    _write_table(directory / "shards.arrow", shards, ShardEntry)
+    out: Folder, members: Mapping[str, Mapping[str, Sequence[Any]]], shards: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, str]:
+    """Write index.arrow and shards.arrow, splits one after another in the given order.
+
+    Args:
+        members: for each split the columns of its rows of the index, named as in MemberEntry.
+        shards: for each split its rows of the shard table, see ShardEntry.
+
+    Returns:
+        the manifest's entries for them: 128-bit xxh3 in hex.
+    """
+    columns = {
+        split: {f.name: [row[f.name] for row in rows] for f in fields(ShardEntry)} for split, rows in shards.items()
+    }
+    hashes = {}
+    for name, data in (("index", _table_bytes(members, MemberEntry)), ("shards", _table_bytes(columns, ShardEntry))):
+        out.write(f"{name}.arrow", data)
+        hashes[f"{name}_xxh3"] = xxhash.xxh3_128_hexdigest(data)
+    return hashes
 
 
-def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    """The commit point of a data set: until it is there, there is no data set."""
-    hashes = {f"{name}_xxh3": hash_file(directory / f"{name}.arrow") for name in ("index", "shards")}
-    write_json(directory / "manifest.json", {"format_version": FORMAT_VERSION, **manifest, **hashes})
+def write_manifest(out: Folder, manifest: dict[str, Any]) -> None:
+    """The commit point of a data set: until it is there, there is no data set.
+
+    Args:
+        manifest: with what `write_tables` returned.
+    """
+    out.write_json("manifest.json", {"format_version": FORMAT_VERSION, **manifest}, indent=1)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, atomically and durably."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _write_table(path: Path, rows_of: Mapping[str, Sequence[Any]], row_type: type[Any]) -> None:
-    rows = [{"split": split, **asdict(row)} for split, rows in rows_of.items() for row in rows]
-    columns = [(f.name, _ARROW_TYPES[str(f.type)]) for f in fields(row_type)]
-    schema = pa.schema([("split", pa.string()), *columns])
-    table = pa.Table.from_pylist(rows, schema=schema).combine_chunks()
-    with pa.ipc.new_file(str(path), schema) as writer:
+def _table_bytes(columns_of: Mapping[str, Mapping[str, Sequence[Any]]], row_type: type[Any]) -> pa.Buffer:
+    kinds = {f.name: _ARROW_TYPES[str(f.type)] for f in fields(row_type)}
+    schema = pa.schema([("split", pa.string()), *kinds.items()])
+    tables = []
+    for split, columns in columns_of.items():
+        arrays = [pa.array(columns[name], type=kind) for name, kind in kinds.items()]
+        tables.append(pa.table([pa.repeat(split, len(arrays[0])), *arrays], schema=schema))
+    table = pa.concat_tables(tables).combine_chunks()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
         # One batch, so that a column is one contiguous piece of the memory map.
-        writer.write_table(table, max_chunksize=max(1, len(rows)))
+        writer.write_table(table, max_chunksize=max(1, table.num_rows))
+    return sink.getvalue()

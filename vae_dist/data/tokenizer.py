@@ -1,7 +1,7 @@
 """Tokenizers: Hugging Face `tokenizers` files with four fixed special tokens.
 
-<pad> = 0, <s> = 1, </s> = 2, <unk> = 3. Word level (a literal <unk> in the text is id 3, as in PTB) or byte-level
-BPE (any text round-trips). The same texts give a byte-identical tokenizer.json.
+<pad> = 0, <s> = 1, </s> = 2, <unk> = 3. Word level (a literal <unk> in the text is id 3, as in PTB), or byte-level
+BPE or unigram (any text round-trips). The same texts give a byte-identical tokenizer.json.
 """
 
 from __future__ import annotations
@@ -10,26 +10,29 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-import xxhash
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from vae_dist.config.schema import PrepareConfig
+from vae_dist.data.normalise import lowercase, normaliser, normalising_steps
 from vae_dist.data.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from vae_dist.data.unigram import train_unigram
 from vae_dist.errors import DataError
 
+__all__ = ["SPECIAL_TOKENS", "TRAINED_KINDS", "Tokenizer", "build_tokenizer", "lowercase"]
+
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
-TRAINED_KINDS = ("word", "bpe")
-# BPE merges are learned from a sample of about so many characters, which bounds memory.
-_BPE_SAMPLE_CHARACTERS = 1 << 26
-_BPE_SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
+TRAINED_KINDS = ("word", "bpe", "unigram")
+_SMALLEST_BYTE_LEVEL = len(SPECIAL_TOKENS) + 256
+# No text is read as a special token, however likely the pieces of the text are.
+_NEVER = -1e4
 _WORDS = Regex(r"<unk>|\w+|[^\w\s]")
-_LOWERCASE = normalizers.Lowercase()
 _CONTRACTION = re.compile(r"(?<=\w) ' (?=(?:s|t|re|ve|ll|d|m)\b)")
 _LOOSE = re.compile(r" (?=[.,;:!?)\]}%])|(?<=[(\[{]) ")
 
@@ -53,20 +56,37 @@ class Tokenizer:
 
     pad_id, bos_id, eos_id, unk_id = PAD_ID, BOS_ID, EOS_ID, UNK_ID
 
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts one after the other, in one piece, which is cheaper than an array for each.
+
+        Returns:
+            ids: uint32, the end of sequence last in each text and nowhere else.
+            lengths: int64, ids of each text, its end of sequence included.
+        """
+        flat, lengths = array("I"), []
+        for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False):
+            ids = encoding.ids
+            ids.append(EOS_ID)
+            flat.fromlist(ids)
+            lengths.append(len(ids))
+        # The buffer is the array's own, and numpy reads no empty one.
+        tokens = np.frombuffer(flat, dtype=np.uint32) if lengths else np.empty(0, dtype=np.uint32)
+        counts = np.array(lengths, dtype=np.int64)
+        # A word-level vocabulary holds the special tokens as words: spelled out in a text they are unknown words.
+        np.maximum(tokens, UNK_ID, out=tokens)
+        tokens[np.cumsum(counts) - 1] = EOS_ID
+        return tokens, counts
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int64 ids of each text, the end of sequence last and nowhere else."""
-        encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        # A word-level vocabulary holds the special tokens as words: spelled out in a text they are unknown words.
-        return [np.array([*(max(i, UNK_ID) for i in e.ids), EOS_ID], dtype=np.int64) for e in encoded]
+        tokens, lengths = self.encode_flat(texts)
+        return np.split(tokens.astype(np.int64), np.cumsum(lengths)[:-1]) if len(lengths) else []
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids` up to the end of sequence; padding and beginning are left out, <unk> is shown."""
-        kept: list[int] = []
-        for token in map(int, ids):
-            if token == EOS_ID:
-                break
-            if token not in (PAD_ID, BOS_ID):
-                kept.append(token)
+        numbers = np.asarray(ids, dtype=np.int64)
+        numbers = numbers[: np.argmax(numbers == EOS_ID)] if (numbers == EOS_ID).any() else numbers
+        kept = numbers[(numbers != PAD_ID) & (numbers != BOS_ID)].tolist()
         if not self._is_word_level:
             return self._inner.decode(kept, skip_special_tokens=False)
         words = " ".join(self._inner.id_to_token(token) or SPECIAL_TOKENS[UNK_ID] for token in kept)
@@ -106,32 +126,23 @@ class Tokenizer:
 def build_tokenizer(texts: Iterable[str], options: PrepareConfig) -> Tokenizer:
     """Train the tokenizer that `options.tokenizer` asks for, or load it when that is a path.
 
-    Lower-casing becomes part of the tokenizer, so that text given to the model later is treated alike.
+    Normalisation becomes part of the tokenizer, so that text given to the model later is treated alike.
 
     Args:
-        texts: the training split; read once, or not at all.
+        texts: the training split or a sample of it; read once, or not at all.
     """
     if options.tokenizer == "word":
         return _train_words(texts, options)
-    if options.tokenizer == "bpe":
-        return _train_bpe(texts, options)
-    tokenizer = Tokenizer.load(Path(options.tokenizer))
-    return _with_lowercase(tokenizer) if options.lowercase else tokenizer
-
-
-def lowercase(text: str) -> str:
-    """Lower case exactly as the tokenizer does it (Python's differs in a few letters)."""
-    return _LOWERCASE.normalize_str(text)
+    if options.tokenizer in ("bpe", "unigram"):
+        return _train_byte_level(texts, options)
+    return _with_steps(Tokenizer.load(Path(options.tokenizer)), normalising_steps(options))
 
 
 def _train_words(texts: Iterable[str], options: PrepareConfig) -> Tokenizer:
     is_tokenised = options.pre_tokenizer == "whitespace"
     words = pre_tokenizers.Split(_WORDS, behavior="removed", invert=True)
     pre_tokenizer = pre_tokenizers.WhitespaceSplit() if is_tokenised else words
-    counts: Counter[str] = Counter()
-    for text in texts:
-        normal = lowercase(text) if options.lowercase else text
-        counts.update(piece for piece, _ in pre_tokenizer.pre_tokenize_str(normal))
+    counts = _count(texts, pre_tokenizer, options)
     known = (word for word, count in counts.items() if count >= options.min_frequency)
     ranked = sorted((word for word in known if word not in SPECIAL_TOKENS), key=lambda word: (-counts[word], word))
     vocabulary = [*SPECIAL_TOKENS, *ranked[: options.vocab_size - len(SPECIAL_TOKENS)]]
@@ -142,55 +153,66 @@ def _train_words(texts: Iterable[str], options: PrepareConfig) -> Tokenizer:
     return Tokenizer(_json(inner))
 
 
-def _train_bpe(texts: Iterable[str], options: PrepareConfig) -> Tokenizer:
-    if options.vocab_size < _BPE_SMALLEST_VOCABULARY:
+def _train_byte_level(texts: Iterable[str], options: PrepareConfig) -> Tokenizer:
+    if options.vocab_size < _SMALLEST_BYTE_LEVEL:
         raise DataError(
-            f"prepare.vocab_size = {options.vocab_size} is too small for byte-level BPE: the special tokens and the "
-            f"256 bytes need {_BPE_SMALLEST_VOCABULARY}. Raise it."
+            f"prepare.vocab_size = {options.vocab_size} is too small for a byte-level tokenizer: the special tokens "
+            f"and the 256 bytes need {_SMALLEST_BYTE_LEVEL}. Raise it."
         )
-    inner = tokenizers.Tokenizer(models.BPE())
+    model = models.BPE() if options.tokenizer == "bpe" else _unigram(texts, options)
+    inner = tokenizers.Tokenizer(model)
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     _normalise(inner, options)
-    trainer = trainers.BpeTrainer(
-        vocab_size=options.vocab_size,
-        min_frequency=options.min_frequency,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    inner.train_from_iterator(sample_texts(texts, _BPE_SAMPLE_CHARACTERS), trainer)
+    if options.tokenizer == "bpe":
+        trainer = trainers.BpeTrainer(
+            vocab_size=options.vocab_size,
+            min_frequency=options.min_frequency,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        inner.train_from_iterator(texts, trainer)
     return Tokenizer(_json(inner))
 
 
-def sample_texts(texts: Iterable[str], characters: int) -> list[str]:
-    """All texts, or a sample of them with at most so many characters, chosen by hash wherever they stand."""
-    kept: list[tuple[int, str]] = []
-    size, limit = 0, 1 << 64
+def _unigram(texts: Iterable[str], options: PrepareConfig) -> models.Unigram:
+    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    counts = _count(texts, pre_tokenizer, options)
+    size = options.vocab_size - len(SPECIAL_TOKENS)
+    pieces = train_unigram(counts, sorted(pre_tokenizer.alphabet()), size, options.min_frequency)
+    return models.Unigram([*((token, _NEVER) for token in SPECIAL_TOKENS), *pieces], unk_id=UNK_ID)
+
+
+def _count(texts: Iterable[str], pre_tokenizer: pre_tokenizers.PreTokenizer, options: PrepareConfig) -> Counter[str]:
+    """How often each word, as the pre-tokenizer cuts them, occurs."""
+    normalise = normaliser(options)
+    counts: Counter[str] = Counter()
     for text in texts:
-        digest = xxhash.xxh3_64_intdigest(text.encode())
-        if digest < limit:
-            kept.append((digest, text))
-            size += len(text)
-        while size > characters:
-            limit //= 2
-            kept = [(digest, text) for digest, text in kept if digest < limit]
-            size = sum(len(text) for _, text in kept)
-    return [text for _, text in kept]
+        counts.update(piece for piece, _ in pre_tokenizer.pre_tokenize_str(normalise(text)))
+    return counts
 
 
-def _with_lowercase(tokenizer: Tokenizer) -> Tokenizer:
-    inner = tokenizers.Tokenizer.from_str(tokenizer._bytes.decode("utf-8"))
-    present = json.loads(tokenizer._bytes).get("normalizer") or {"type": None}
-    if any(step["type"] == "Lowercase" for step in present.get("normalizers", [present])):
+def _with_steps(tokenizer: Tokenizer, steps: list[normalizers.Normalizer]) -> Tokenizer:
+    """A tokenizer that takes these steps first; unchanged when it takes them all already."""
+    present = json.loads(tokenizer._bytes).get("normalizer") or {"normalizers": []}
+    known = present.get("normalizers", [present])
+    if all(_facts(step) in known for step in steps):
         return tokenizer
-    inner.normalizer = normalizers.Sequence([_LOWERCASE, inner.normalizer]) if inner.normalizer else _LOWERCASE
+    inner = tokenizers.Tokenizer.from_str(tokenizer._bytes.decode("utf-8"))
+    inner.normalizer = normalizers.Sequence([*steps, *([inner.normalizer] if inner.normalizer else [])])
     return Tokenizer(_json(inner))
+
+
+def _facts(step: normalizers.Normalizer) -> object:
+    """A step as tokenizer.json writes it."""
+    return json.loads(step.__getstate__())
 
 
 def _normalise(inner: tokenizers.Tokenizer, options: PrepareConfig) -> None:
-    if options.lowercase:
-        inner.normalizer = _LOWERCASE
+    steps = normalising_steps(options)
+    if steps:
+        inner.normalizer = steps[0] if len(steps) == 1 else normalizers.Sequence(steps)
 
 
 def _json(inner: tokenizers.Tokenizer) -> bytes:

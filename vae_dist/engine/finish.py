@@ -14,8 +14,11 @@ import numpy as np
 import torch
 
 from vae_dist.config.load import dump_yaml
-from vae_dist.data.dataset import Dataset, Split
+from vae_dist.data.dataset import Dataset
+from vae_dist.data.sequences import Sequences
 from vae_dist.data.special_ids import BOS_ID, PAD_ID
+from vae_dist.data.split import Split
+from vae_dist.data.training_data import training_split
 from vae_dist.decode.generate import Decoding
 from vae_dist.decode.latent_ops import TextModel
 from vae_dist.engine.checkpoint_files import Progress
@@ -74,7 +77,7 @@ def _compose(
 ) -> dict[str, Any]:
     records = read_metrics(plan.run_dir)
     curves = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "valid")}
-    train_tokens, offsets = read_all(dataset.split("train"), _BASELINE_TOKENS)
+    train_tokens, offsets = read_all(training_split(dataset, plan.config), _BASELINE_TOKENS)
     report: dict[str, Any] = {
         "title": f"vae_dist: {plan.run_dir.name}",
         "run_dir": str(plan.run_dir),
@@ -173,5 +176,7 @@ def read_all(split: Split, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     count = split.sequences if split.tokens <= max_tokens else split.sequences * max_tokens // split.tokens
     for first in range(0, count, 65_536):
         parts.append(split.read(first, min(65_536, count - first)))
-    joined = type(parts[0]).concatenate(parts)
-    return joined.tokens, joined.offsets
+    joined = Sequences.concatenate(parts)
+    # A sequence that damage left out has length 0.
+    whole = joined.take(np.flatnonzero(joined.lengths))
+    return whole.tokens, whole.offsets

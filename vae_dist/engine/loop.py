@@ -15,9 +15,10 @@ import torch.distributed as dist
 from vae_dist.config.schema import Config
 from vae_dist.data.dataset import Dataset
 from vae_dist.data.stream import Stream
+from vae_dist.data.training_data import TrainingData, open_training_data
 from vae_dist.engine.checkpoint import Loaded, load_newest, save_checkpoint
 from vae_dist.engine.checkpoint_files import Progress
-from vae_dist.engine.plan import RunPlan, order_spec
+from vae_dist.engine.plan import RunPlan
 from vae_dist.engine.precision import autocast_dtype
 from vae_dist.engine.step import TrainStep
 from vae_dist.engine.window import MetricsWindow
@@ -43,17 +44,14 @@ class Trained:
 
 def train(plan: RunPlan, device: torch.device, should_stop: Callable[[], bool]) -> Trained:
     """Train from the newest checkpoint to the last step, or until a rank is told to stop."""
-    config, dataset = plan.config, Dataset.open(plan.data_dir)
+    config, world_size = plan.config, dist.get_world_size()
+    data = open_training_data(plan.data_dirs, config, check_shards=False, workers=world_size)
+    dataset = data.datasets[0]
     engine = _build(config, dataset.tokenizer.vocab_size, device)
     loaded = load_newest(engine, plan.run_dir / "checkpoints")
     step, window = loaded.progress.step, MetricsWindow(loaded.progress.tokens_seen)
     metrics = _open_metrics(plan, loaded, engine)
-    stream = Stream(
-        dataset.split("train"),
-        order_spec(config, dataset.split("train"), plan.manifest_hash),
-        dist.get_rank(),
-        dist.get_world_size(),
-    )
+    stream = data.stream(dist.get_rank(), world_size)
     train_step, stopped = TrainStep(engine, config, plan.total_steps), False
     for share in stream.shares(step, plan.total_steps):
         batches, stopped = train_step.batches(share, should_stop())
@@ -63,7 +61,7 @@ def train(plan: RunPlan, device: torch.device, should_stop: Callable[[], bool]) 
         step += 1
         last = step == plan.total_steps
         if last or step % config.run.log_every_steps == 0:
-            _log(metrics, plan, step, window, train_step)
+            _log(metrics, plan, step, window, train_step, data, stream)
         if last or step % plan.checkpoint_every == 0:
             _save(metrics, plan, step, window, train_step)
         if "valid" in dataset.splits and (last or step % plan.evaluate_every == 0):
@@ -136,9 +134,17 @@ def _open_metrics(plan: RunPlan, loaded: Loaded, engine: Any) -> MetricsWriter |
     return metrics
 
 
-def _log(metrics: MetricsWriter | None, plan: RunPlan, step: int, window: MetricsWindow, train_step: TrainStep) -> None:
+def _log(
+    metrics: MetricsWriter | None,
+    plan: RunPlan,
+    step: int,
+    window: MetricsWindow,
+    train_step: TrainStep,
+    data: TrainingData,
+    stream: Stream,
+) -> None:
     """Reduce the window over ranks, check that the loss is finite, write it."""
-    values = window.reduce()
+    values = window.reduce(stream.take_waited_seconds())
     _require_finite(values["elbo_per_seq"], plan, step)
     values |= {
         "beta": beta_at(step - 1, plan.total_steps, plan.config.objective),
@@ -147,8 +153,18 @@ def _log(metrics: MetricsWriter | None, plan: RunPlan, step: int, window: Metric
         "epoch": step / plan.steps_per_epoch,
         "seconds_left": (plan.total_steps - step) * values["step_seconds"],
     }
+    if plan.config.data.damage == "skip":
+        values["skipped_sequences"] = _sum_over_ranks(sum(split.damage.skipped_sequences for split in data.splits))
+    if plan.config.data.mixture:
+        values["mixture"] = data.mixture_report(step)
     if metrics:
         metrics.write("train", step, values)
+
+
+def _sum_over_ranks(number: int) -> int:
+    total = torch.tensor(number, dtype=torch.int64)
+    dist.all_reduce(total)
+    return int(total)
 
 
 def _save(

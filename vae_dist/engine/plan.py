@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vae_dist.config.load import canonical_json, dump_yaml
 from vae_dist.config.schema import RESULT_SECTIONS, Config
-from vae_dist.data.dataset import Dataset, Split
-from vae_dist.data.order import OrderSpec
+from vae_dist.data.training_data import TrainingData
 from vae_dist.errors import CheckpointError, DataError
 
 _REPORTS_PER_RUN = 10
@@ -24,6 +24,7 @@ class RunPlan:
     """Everything a worker needs, small enough to ship to each.
 
     Attributes:
+        data_dirs: the data set, or those of a mixture; the first is evaluated.
         result_hash: names everything that changes the trained weights.
         total_steps: optimizer steps of the run.
         started_at: when the command was given, seconds since the epoch.
@@ -31,7 +32,7 @@ class RunPlan:
 
     config: Config
     run_dir: Path
-    data_dir: str
+    data_dirs: tuple[str, ...]
     manifest_hash: str
     result_hash: str
     splits: tuple[str, ...]
@@ -41,46 +42,36 @@ class RunPlan:
     checkpoint_every: int
     started_at: float
 
-
-def order_spec(config: Config, split: Split, manifest_hash: str) -> OrderSpec:
-    """The training order that the configuration asks for."""
-    return OrderSpec(
-        sequences=split.sequences,
-        manifest_hash=manifest_hash,
-        seed=config.train.seed,
-        streams=config.data.streams,
-        batch_sequences=config.train.batch_sequences,
-        length_groups=config.data.length_groups,
-        block_sequences=config.data.shuffle_block_sequences,
-        window_sequences=config.data.shuffle_window_sequences,
-    )
+    @property
+    def data_dir(self) -> str:
+        """The data set that is evaluated."""
+        return self.data_dirs[0]
 
 
-def plan_run(config: Config, dataset: Dataset, data_dir: str, started_at: float) -> RunPlan:
+def plan_run(config: Config, data: TrainingData, data_dirs: Sequence[str], started_at: float) -> RunPlan:
     """Fix the run's steps, intervals and directory.
 
     Raises:
         DataError: the data set does not fit the configuration.
     """
-    split = dataset.split("train")
     budget = config.train.micro_batch_tokens
-    if budget is not None and budget < split.max_tokens:
+    if budget is not None and budget < data.max_tokens:
         raise DataError(
-            f"train.micro_batch_tokens = {budget} cannot hold the longest training sequence of {data_dir}, "
-            f"{split.max_tokens} tokens. Raise it to at least that."
+            f"train.micro_batch_tokens = {budget} cannot hold the longest training sequence of "
+            f"{', '.join(data_dirs)}, {data.max_tokens} tokens. Raise it to at least that."
         )
-    spec = order_spec(config, split, dataset.manifest_hash)
-    total = config.train.steps or max(1, round(config.train.epochs * spec.steps_per_epoch))
-    result_hash = _result_hash(config, dataset.manifest_hash)
+    steps_per_epoch = data.windows.steps_per_epoch
+    total = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
+    result_hash = _result_hash(config, data.manifest_hash)
     return RunPlan(
         config=config,
         run_dir=Path(config.run.storage).resolve() / (config.run.name or f"run-{result_hash[:12]}"),
-        data_dir=data_dir,
-        manifest_hash=dataset.manifest_hash,
+        data_dirs=tuple(data_dirs),
+        manifest_hash=data.manifest_hash,
         result_hash=result_hash,
-        splits=tuple(dataset.splits),
+        splits=tuple(data.datasets[0].splits),
         total_steps=total,
-        steps_per_epoch=spec.steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
         evaluate_every=config.evaluate.every_steps or max(1, -(-total // _REPORTS_PER_RUN)),
         checkpoint_every=config.run.checkpoint_every_steps or max(1, -(-total // _REPORTS_PER_RUN)),
         started_at=started_at,
@@ -137,11 +128,13 @@ def next_commands(plan: RunPlan) -> list[str]:
 def _result_config(config: Config) -> dict[str, Any]:
     """The part of the configuration that changes the trained weights.
 
-    Where the data came from is left out: the manifest hash says what it is.
+    Where the data came from is left out: the manifest hash says what it is. So is what happens to damage: a run that
+    it stopped is resumed with `skip`.
     """
     sections = {name: getattr(config, name).model_dump(mode="json") for name in RESULT_SECTIONS}
-    for key in ("source", "dir", "prepare"):
+    for key in ("source", "dir", "prepare", "cache_dir", "cache_bytes", "damage", "damage_budget_fraction"):
         sections["data"].pop(key)
+    sections["data"]["mixture"] = list((config.data.mixture or {}).values())
     # How a step is computed changes rounding at most; of epochs and steps only the one in force counts.
     for key in ("kernels", "micro_batch_tokens", "activation_checkpointing"):
         sections["train"].pop(key)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vae_dist.config.load import dump_yaml
-from vae_dist.data.dataset import Dataset
+from vae_dist.data.training_data import TrainingData
 from vae_dist.engine.plan import RunPlan
 from vae_dist.model.vae import TextVAE, count_parameters
 from vae_dist.objective.schedule import beta_at, learning_rate_at
@@ -15,23 +15,23 @@ from vae_dist.observe.console import say
 _WIDTH, _LEVELS = 60, " .:-=+*#%@"
 
 
-def describe_plan(plan: RunPlan, dataset: Dataset) -> dict[str, Any]:
+def describe_plan(plan: RunPlan, data: TrainingData) -> dict[str, Any]:
     """Print the plan for people; returns its numbers."""
     import torch
 
-    config, split = plan.config, dataset.split("train")
+    config = plan.config
     # On the meta device a model of any size costs no memory.
     with torch.device("meta"):
-        parameters = count_parameters(TextVAE(config.model, dataset.tokenizer.vocab_size))
+        parameters = count_parameters(TextVAE(config.model, data.datasets[0].tokenizer.vocab_size))
     numbers = {
         "run_dir": str(plan.run_dir),
-        "data_dir": plan.data_dir,
+        "data_dir": ", ".join(plan.data_dirs),
         "parameters": parameters,
         "steps": plan.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "sequences_per_step": config.train.batch_sequences,
-        "tokens_per_step": split.tokens / plan.steps_per_epoch,
-        "tokens": split.tokens * plan.total_steps / plan.steps_per_epoch,
+        "tokens_per_step": data.tokens_per_step,
+        "tokens": data.tokens_per_step * plan.total_steps,
         "evaluate_every": plan.evaluate_every,
         "checkpoint_every": plan.checkpoint_every,
     }

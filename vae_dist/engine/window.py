@@ -44,8 +44,12 @@ class MetricsWindow:
         sums = _all_reduce(self._sums)
         return self.tokens_seen + int(sums.tokens), float(sums.rec + sums.kl)
 
-    def reduce(self) -> dict[str, Any]:
-        """Averages over the window and all ranks, by metric name; starts a new window. Collective."""
+    def reduce(self, data_wait_seconds: float) -> dict[str, Any]:
+        """Averages over the window and all ranks, by metric name; starts a new window. Collective.
+
+        Args:
+            data_wait_seconds: how long this rank's steps of the window waited for data.
+        """
         assert self._sums is not None, "a window is reduced after a step was added"
         sums = _all_reduce(self._sums)
         count, tokens = float(sums.sequences), int(sums.tokens)
@@ -63,6 +67,7 @@ class MetricsWindow:
             "active_units": int((variance >= ACTIVE_UNIT_THRESHOLD).sum()),
             "tokens_per_second": tokens / self._seconds,
             "step_seconds": self._seconds / self._steps,
+            "data_wait_fraction": data_wait_seconds / self._seconds,
             "tokens_seen": self.tokens_seen,
         }
         self._sums, self._steps, self._seconds = None, 0, 0.0

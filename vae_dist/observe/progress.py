@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# Share of a step's time that a person should hear of.
+_SHOWN_WAIT = 0.01
+
 
 def format_record(record: dict[str, Any], total_steps: int) -> str | None:
     """The line for a record of metrics.jsonl, or None for kinds that are not shown."""
@@ -21,10 +24,13 @@ def format_seconds(seconds: float) -> str:
 
 
 def _train(r: dict[str, Any], total_steps: int) -> str:
+    waited = r.get("data_wait_fraction", 0.0)
     return (
         f"step {r['step']:>6}/{total_steps}  ELBO {r['elbo_per_seq']:8.2f}  rec {r['rec_per_seq']:7.2f}  "
         f"KL {r['kl_per_seq']:6.2f} nats/seq  active {r['active_units']:>3}  beta {r['beta']:.2f}  "
         f"{r['tokens_per_second']:>8,.0f} tok/s  left {format_seconds(r['seconds_left'])}"
+        + (f"  waiting for data {100 * waited:.0f} %" if waited >= _SHOWN_WAIT else "")
+        + (f"  skipped {r['skipped_sequences']:,} damaged" if r.get("skipped_sequences") else "")
     )
 
 
