@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.errors import ConfigError, VaeDistError
+from vae_dist.errors import ConfigError, RunError, VaeDistError
 from vae_dist.observe.console import INTERRUPTED, fail, say, show_log
 
 # Seeds are added to row numbers and must stay inside 64 bits.
@@ -36,8 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("interrupted")
         return INTERRUPTED
     if result is not None:
-        print(json.dumps(result, ensure_ascii=False))
+        _show(result)
     return 0
+
+
+def _show(result: dict[str, Any]) -> None:
+    """The last line of standard output."""
+    print(json.dumps(result, ensure_ascii=False))
 
 
 def data_prepare(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,12 +66,47 @@ def data_info(args: argparse.Namespace) -> dict[str, Any]:
 
 def data_preview(args: argparse.Namespace) -> dict[str, Any]:
     from vae_dist.data.dataset import Dataset
-    from vae_dist.data.info import preview
+    from vae_dist.data.info import locate, preview
 
-    texts = preview(Dataset.open(args.dir), args.split, args.first, args.num)
-    for number, text in enumerate(texts, args.first):
+    dataset, num = Dataset.open(args.dir), args.num
+    split, first = args.split or "train", args.first or 0
+    if args.shard is not None:
+        if (args.split, args.first) != (None, None):
+            raise ConfigError("A sequence is known by --shard and --index or by --split and --first. Give one pair.")
+        split, first, left = locate(dataset, args.shard, args.index or 0)
+        num = min(num, left)
+    elif args.index is not None:
+        raise ConfigError("--index counts in a shard. Say in which with --shard, or give --first.")
+    texts = preview(dataset, split, first, num)
+    for number, text in enumerate(texts, first):
         print(f"{number:>8}  {text}")
-    return {"split": args.split, "first": args.first, "texts": texts}
+    return {"split": split, "first": first, "texts": texts}
+
+
+def data_lint(args: argparse.Namespace) -> None:
+    from vae_dist.data.lint import lint
+
+    report = lint(args.dir, lambda problem: say(f"problem: {problem}"))
+    for note in report["notes"]:
+        say(f"note: {note['what']}")
+    _show(report)
+    # What was found is the result of the command, and the status says that there is something.
+    if count := len(report["problems"]):
+        raise RunError(f"{args.dir} has {count} problem{'s' if count > 1 else ''}; see above.")
+
+
+def data_merge(args: argparse.Namespace) -> dict[str, Any]:
+    from vae_dist.data.info import describe
+    from vae_dist.data.rewrite import merge
+
+    return describe(merge(args.dirs, args.out))
+
+
+def data_split(args: argparse.Namespace) -> dict[str, Any]:
+    from vae_dist.data.info import describe
+    from vae_dist.data.rewrite import split
+
+    return describe(split(args.dir, args.out, args.valid_fraction, args.test_fraction, args.seed))
 
 
 def tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
@@ -207,9 +247,22 @@ def _add_data(commands: Any) -> None:
     one.add_argument("dir")
     one = _command(data, "preview", data_preview, "decoded text of some sequences")
     one.add_argument("dir")
-    one.add_argument("--split", default="train")
-    one.add_argument("--first", type=int, default=0)
+    one.add_argument("--split", help="default: train")
+    one.add_argument("--first", type=int, help="number in the split; default: 0")
+    one.add_argument("--shard", metavar="NAME", help="instead of --split: the sequences of this shard")
+    one.add_argument("--index", type=int, help="with --shard: number in the shard; default: 0")
     one.add_argument("--num", type=int, default=10)
+    one = _command(data, "lint", data_lint, "read every shard in full and say what is wrong; status 1 when anything is")
+    one.add_argument("dir", help="a data set directory or its URL")
+    one = _command(data, "merge", data_merge, "one data set from several of the same tokenizer")
+    one.add_argument("out", help="a new directory")
+    one.add_argument("dirs", nargs="+", metavar="DIR", help="data set directories or URLs, in this order")
+    one = _command(data, "split", data_split, "move texts of the training split to validation and test")
+    one.add_argument("dir", help="a data set directory or its URL")
+    one.add_argument("out", help="a new directory")
+    one.add_argument("--valid-fraction", type=_at_least(0.0), default=0.0, help="share of the training texts")
+    one.add_argument("--test-fraction", type=_at_least(0.0), default=0.0, help="share of the training texts")
+    one.add_argument("--seed", type=_at_least(0), default=0, help="of the choice")
     tokenizer = commands.add_parser("tokenizer", help="train tokenizers").add_subparsers(required=True)
     one = _command(tokenizer, "train", tokenizer_train, "text to a tokenizer.json")
     one.add_argument("source")

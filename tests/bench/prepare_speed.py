@@ -1,8 +1,8 @@
 """How fast `prepare` is beside the tokenizer alone, on the same texts and cores: `python tests/bench/prepare_speed.py`.
 
-`tokenizers` encodes the texts from memory with threads of its own, in batches of a thousand, and throws the ids away; `prepare` reads
-the same texts from files, splits, encodes, and writes shards and manifest. They take turns. Prints one JSON object
-with medians over the turns; the ratio is the median of the turns' ratios.
+`tokenizers` encodes the texts from memory with threads of its own, in batches of a thousand, and throws the ids away;
+`prepare` reads the same texts from files, splits, encodes, and writes shards and manifest. They take turns. Prints
+one JSON object with medians over the turns; the ratio is the median of the turns' ratios.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def test_flipped_byte_is_found_when_it_is_read(folder: Path) -> None:
     assert f"{shard}, member {row} of split train at byte {column['offset'][row]}, is damaged" in message
     shard.unlink()
     message = error_of(lambda: split.read(column["first_sequence"][row], 1))
-    assert f"member {row} of split train at byte {column['offset'][row]}, cannot be read" in message
+    assert f"member {row} of split train at byte {column['offset'][row]}, is out of reach" in message
 
 
 def test_unknown_split(folder: Path) -> None:

@@ -4,9 +4,6 @@ import json
 import logging
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -21,7 +18,6 @@ from hypothesis import strategies as st
 
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data import encode, lines, making
-from vae_dist.data.claim import MARKER
 from vae_dist.data.dataset import Dataset
 from vae_dist.data.lengths import fit_lengths
 from vae_dist.data.prepare import prepare, prepare_cached
@@ -292,34 +288,6 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(making, "write_tables", full)
     with pytest.raises(MachineError, match="No space left on device"):
         prepare(corpus(tmp_path, numbered(50)), tmp_path / "out", word())
-
-
-def test_a_killed_prepare_is_made_again(tmp_path: Path) -> None:
-    source, out = corpus(tmp_path, numbered(3000)), tmp_path / "out"
-    script = (
-        "import sys, time\nfrom pathlib import Path\n"
-        "from vae_dist.config.schema import PrepareConfig\nfrom vae_dist.data import making, prepare as p\n"
-        "making.write_tables = lambda *_: (print('here', flush=True), time.sleep(60))\n"
-        "p.prepare(sys.argv[1], Path(sys.argv[2]), PrepareConfig.model_validate_json(sys.argv[3]))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, source, str(out), word().model_dump_json()],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "here\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert {"train-000000.tar", MARKER} <= set(files(out))
-    with pytest.raises(DataError, match=r"has no manifest\.json"):
-        Dataset.open(out)
-    (out / "train-000099.tar").write_bytes(b"left over")
-    prepare(source, out, word())
-    prepare(source, tmp_path / "clean", word())
-    assert files(out) == files(tmp_path / "clean")
 
 
 def test_two_at_once_make_one_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

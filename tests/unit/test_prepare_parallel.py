@@ -90,12 +90,11 @@ def test_the_bytes_do_not_depend_on_the_layout_of_the_corpus(source: str, tmp_pa
 def test_a_sample_does_not_depend_on_the_groups(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer that cannot see all texts sees the same ones."""
     monkeypatch.setattr(sampling, "SAMPLE_CHARACTERS", 20_000)
-    monkeypatch.setattr(sampling.sample_training_texts, "__defaults__", (20_000,))
     options = PrepareConfig(tokenizer="word", **{**SMALL, "vocab_size": 100})
     first = prepare(source, tmp_path / "one", options, group_bytes=GROUP_BYTES)
     second = prepare(source, tmp_path / "two", options, group_bytes=100_000, run=backwards)
     assert first.manifest_hash == second.manifest_hash
-    monkeypatch.setattr(sampling.sample_training_texts, "__defaults__", (1 << 26,))
+    monkeypatch.undo()
     whole = prepare(source, tmp_path / "whole", options)
     assert whole.tokenizer.sha256 != first.tokenizer.sha256
 
@@ -180,3 +179,14 @@ def test_prepare_cached_runs_the_tasks_it_is_given(source: str, tmp_path: Path) 
     stages.clear()
     prepare_cached(source, PrepareConfig(**SMALL), tmp_path, run=counted)
     assert stages == []
+
+
+def environment_of(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def test_processes_have_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as credentials that were set after the first processes were started."""
+    assert list(run_in_processes(2, environment_of, ["VAE_TEST_SECRET"] * 2)) == [None, None]
+    monkeypatch.setenv("VAE_TEST_SECRET", "open")
+    assert list(run_in_processes(2, environment_of, ["VAE_TEST_SECRET"] * 2)) == ["open", "open"]

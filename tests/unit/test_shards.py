@@ -119,9 +119,8 @@ def read(
     data = bytearray((folder / writer.shards[entry.shard].name).read_bytes()[entry.offset : entry.offset + entry.bytes])
     if flip >= 0:
         data[flip] ^= 1
-    return Decoder(schema, vocab_size)(
-        pa.py_buffer(bytes(data)), entry, lambda: "train-000000.tar, member 3 at byte 512,"
-    )
+    where = "train-000000.tar, member 3 at byte 512,"
+    return Decoder(schema, vocab_size)(pa.py_buffer(bytes(data)), entry, lambda: where)
 
 
 def test_members_decode_to_what_was_written(tmp_path: Path) -> None:

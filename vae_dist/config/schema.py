@@ -73,7 +73,7 @@ class PrepareConfig(Section):
     """Drop a text that occurred before, in any split: the same text, or one that is nearly the same."""
     shard_bytes: Annotated[int, Field(ge=4096)] = 64 * 2**20
     """Target size of a tar shard in bytes."""
-    member_sequences: Positive = 1024
+    member_sequences: Positive = 4096
     """Sequences in one tar member (one Arrow record batch)."""
 
     @model_validator(mode="before")

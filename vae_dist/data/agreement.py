@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 
 from vae_dist.data.shards import MemberEntry, ShardEntry
 
+_SPLIT_DESCRIPTIONS = ("texts", "unknown_tokens", "truncated", "dropped", "split")
+_TEXT_COUNTS = ("empty_texts", "filtered_texts", "duplicate_texts")
 # Hex digits.
 _HASHES = {"tokenizer_sha256": 64, "index_xxh3": 32, "shards_xxh3": 32}
 _SPLIT_COUNTS = ("sequences", "tokens", "max_tokens", "first_member", "members", "shards")
@@ -37,6 +39,32 @@ def manifest_faults(manifest: dict[str, Any]) -> list[str]:
         # A split without sequences is left out, so everything but the place of the first member is at least 1.
         wrong = (k for k in _SPLIT_COUNTS if not _is_count(facts.get(k), least=int(k != "first_member")))
         found += [f"{key} of split {name!r} is no count" for key in wrong]
+    return found
+
+
+def description_faults(manifest: dict[str, Any]) -> list[str]:
+    """What is missing or of the wrong kind among the facts that only people read.
+
+    Args:
+        manifest: without faults that matter for reading, see above.
+    """
+    source = manifest.get("source")
+    named = isinstance(source, dict) and isinstance(source.get("name"), str)
+    found = [] if named else ["source has no name"]
+    found += [f"{key} is missing" for key in ("dtype", "options") if key not in manifest]
+    found += [f"{key} is no count" for key in _TEXT_COUNTS if not _is_count(manifest.get(key), least=0)]
+    for name, facts in manifest["splits"].items():
+        wrong = [key for key in _SPLIT_DESCRIPTIONS if not _is_count(facts.get(key), least=0)]
+        found += [f"{key} of split {name!r} is no count" for key in wrong]
+        histogram, percentiles = facts.get("length_histogram"), facts.get("length_percentiles")
+        if not isinstance(histogram, dict) or not _is_count(histogram.get("bin_tokens"), least=1):
+            found.append(f"length_histogram of split {name!r} has no bin_tokens")
+        elif not isinstance(histogram.get("counts"), list) or not any(histogram["counts"]):
+            found.append(f"length_histogram of split {name!r} has no counts")
+        elif not all(_is_count(count, least=0) for count in histogram["counts"]):
+            found.append(f"length_histogram of split {name!r} holds something that is no count")
+        if not isinstance(percentiles, dict):
+            found.append(f"length_percentiles of split {name!r} is missing")
     return found
 
 

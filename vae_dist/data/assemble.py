@@ -87,7 +87,7 @@ class Assemble:
         for group, of_group in itertools.groupby(slices, key=lambda one: one.group):
             with self.work.opened(block_file(group)) as read:
                 for one in of_group:
-                    sequences, docs = read_block(read, Block(*one.block), dtype)
+                    sequences, docs = read_block(read, one.block, dtype)
                     yield sequences.slice(one.begin, one.end), docs[one.begin : one.end] + one.first_doc
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from vae_dist.data.sequences import Sequences
+from vae_dist.data.sequences import Sequences, SequenceView
 from vae_dist.data.special_ids import EOS_ID, PAD_ID
 
 
@@ -19,12 +19,12 @@ class Share:
     """What one rank reads of one global batch.
 
     Attributes:
-        sequences: the real sequences, at most B / world.
+        sequences: the real sequences, at most B / world; a view into a window of the stream.
         sample_id: int64[n], 64-bit position of each sequence in the run's global order.
         real_sequences: B_real, real sequences of the batch over all ranks.
     """
 
-    sequences: Sequences
+    sequences: SequenceView
     sample_id: np.ndarray
     real_sequences: int
 
@@ -57,7 +57,7 @@ class Batch:
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
-def collate(sequences: Sequences, sample_id: np.ndarray) -> Batch:
+def collate(sequences: Sequences | SequenceView, sample_id: np.ndarray) -> Batch:
     """Pad sequences to the longest of them; no sequence at all gives one padding sequence."""
     if len(sequences) == 0:
         padding = Sequences(np.array([EOS_ID]), np.array([0, 1]))
@@ -65,17 +65,24 @@ def collate(sequences: Sequences, sample_id: np.ndarray) -> Batch:
     return _pad(sequences, sample_id, weight=1.0)
 
 
-def _pad(sequences: Sequences, sample_id: np.ndarray, weight: float) -> Batch:
-    lengths, offsets = sequences.lengths, sequences.offsets
-    count, longest = len(lengths), int(lengths.max())
-    # Token p of the flat array goes to its row's begin plus how far p is into the row.
-    valid = np.arange(int(offsets[-1])) + np.repeat(np.arange(0, count * longest, longest) - offsets[:-1], lengths)
-    tokens = np.full(count * longest, PAD_ID, dtype=np.int64)
-    tokens[valid] = sequences.tokens
+def _pad(sequences: Sequences | SequenceView, sample_id: np.ndarray, weight: float) -> Batch:
+    lengths = np.ascontiguousarray(sequences.lengths)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    column = np.arange(longest)
+    # Lengths are alike: it is cheaper to read beyond the end of a sequence than to leave that out.
+    tokens = sequences.tokens.take(sequences.starts[:, None] + column, mode="clip")
+    if shortest == longest:
+        valid = np.arange(tokens.size)
+    else:
+        is_real = column < lengths[:, None]
+        tokens[~is_real] = PAD_ID
+        valid = np.flatnonzero(is_real)
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
     return Batch(
-        tokens_BT=torch.from_numpy(tokens.reshape(count, longest)),
+        tokens_BT=torch.from_numpy(tokens.astype(np.int64)),
         lengths_B=torch.from_numpy(lengths),
-        weight_B=torch.full((count,), weight),
+        weight_B=torch.full((len(lengths),), weight),
         sample_id_B=torch.from_numpy(np.ascontiguousarray(sample_id, dtype=np.int64)),
         valid_N=torch.from_numpy(valid),
         offsets_B1=torch.from_numpy(offsets),

@@ -62,15 +62,13 @@ class Drops:
 
 def find_duplicates(stages: Stages, source: Source, groups: Sequence[Sequence[Piece]], sizes: Sequence[int]) -> Drops:
     """Run both stages."""
-    records = stages.finish("fingerprints", Fingerprint(source, stages.work), groups, sizes, "B")
+    records = stages.finish("fingerprints", Fingerprint(source, stages.work), groups, sizes)
     runs = [(group, *run) for group, record in enumerate(records) for run in record["runs"]]
     keys = sum(count for _, _, count in runs)
     # A power of two, so that a bucket is a range of prefixes.
     buckets = min(_PREFIXES, 1 << max(0, -(-keys // _BUCKET_KEYS) - 1).bit_length())
     stages.work.write(_RUNS_FILE, np.array(runs, dtype="<i8").tobytes())
-    stages.finish(
-        "duplicates", FindInBucket(stages.work, len(groups), buckets), range(buckets), [1] * buckets, "buckets"
-    )
+    stages.finish("duplicates", FindInBucket(stages.work, len(groups), buckets), range(buckets), [1] * buckets)
     return Drops(stages.work, len(groups), buckets)
 
 

@@ -7,6 +7,7 @@ blocks are. A block is written as soon as it is full, so memory does not grow wi
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from vae_dist.data.special_ids import UNK_ID
 from vae_dist.data.texts import SPLITS, batches_of
 from vae_dist.data.tokenizer import Tokenizer
 from vae_dist.data.work import Folder, Record
+from vae_dist.errors import DataError
 
 STAGE = "encode"
 TOKENIZER_FILE = "tokenizer.json"
@@ -35,11 +37,12 @@ _ENCODED_AT_ONCE = 256
 
 
 class Block(NamedTuple):
-    """Where a run of sequences of one split lies in a group's work file."""
+    """Where a run of sequences of one split lies in a group's work file, and the CRC-32 of its bytes."""
 
     offset: int
     sequences: int
     tokens: int
+    crc32: int
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,17 @@ def read_block(read: Callable[[int, int], bytes], block: Block, dtype: np.dtype)
 
     Args:
         read: reads bytes of the work file, see `Folder.opened`.
+
+    Raises:
+        DataError: they are not the bytes that were written.
     """
     docs_bytes, lengths_bytes = 8 * block.sequences, 4 * block.sequences
     data = read(block.offset, docs_bytes + lengths_bytes + dtype.itemsize * block.tokens)
+    if zlib.crc32(data) != block.crc32:
+        raise DataError(
+            f"The {len(data)} bytes from {block.offset} on of a work file are not the ones that were written. Check "
+            "the storage, delete the unfinished data set and prepare it again."
+        )
     docs = np.frombuffer(data, dtype="<i8", count=block.sequences)
     lengths = np.frombuffer(data, dtype="<u4", count=block.sequences, offset=docs_bytes)
     tokens = np.frombuffer(data, dtype=dtype, offset=docs_bytes + lengths_bytes)
@@ -124,12 +135,13 @@ class _Sink:
 
     def append(self, docs: np.ndarray, sequences: Sequences) -> Block:
         """Write one block; says where."""
-        block = Block(self._offset, len(sequences), len(sequences.tokens))
+        offset, crc32 = self._offset, 0
         for values, dtype in ((docs, "<i8"), (sequences.lengths, "<u4"), (sequences.tokens, self.dtype)):
-            data = values.astype(dtype, copy=False)
-            self._stream.write(data.tobytes())
-            self._offset += data.nbytes
-        return block
+            data = values.astype(dtype, copy=False).tobytes()
+            self._stream.write(data)
+            self._offset += len(data)
+            crc32 = zlib.crc32(data, crc32)
+        return Block(offset, len(sequences), len(sequences.tokens), crc32)
 
 
 class _SplitWriter:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from vae_dist.data.dataset import Dataset
+import numpy as np
+import pyarrow.compute as pc
+
+from vae_dist.data.agreement import description_faults
+from vae_dist.data.dataset import RESTORE, Dataset
 from vae_dist.errors import DataError
 
 _BAR_WIDTH = 40
@@ -19,26 +23,56 @@ _COUNTS = (
     "dropped",
     "split",
     "shards",
+    "members",
 )
+_SPREAD = ("min", "mean", "max")
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """Facts of every split, vocabulary and hashes, from the manifest alone; JSON-able.
+    """Facts of every split, vocabulary and hashes, from the manifest and the tables; JSON-able.
 
-    `unknown_rate` is a share of the tokens; `bytes` are the bytes of a split's shards.
+    `unknown_rate` is a share of the tokens; `bytes` are the bytes of a split's shards; `tokens_per_shard` holds
+    min, mean and max.
+
+    Raises:
+        DataError: a fact of the manifest is missing or of the wrong kind.
     """
     manifest = dataset.manifest
-    sizes = dict.fromkeys(dataset.splits, 0)
-    for split, size in zip(*(dataset.shards.column(c).to_pylist() for c in ("split", "bytes")), strict=True):
-        sizes[split] += size
+    if found := description_faults(manifest):
+        raise DataError(f"{dataset.path}/manifest.json is damaged: {found[0]}. {RESTORE}")
     keys = ("vocab_size", "dtype", "tokenizer_sha256", "empty_texts", "duplicate_texts", "options")
     return {
         "path": dataset.path,
         "manifest_hash": dataset.manifest_hash,
         "source": manifest["source"]["name"],
         **{key: manifest[key] for key in keys},
-        "splits": {name: _describe_split(facts, sizes[name]) for name, facts in manifest["splits"].items()},
+        "splits": {name: _describe_split(dataset, name) for name in dataset.splits},
     }
+
+
+def locate(dataset: Dataset, shard: str, index: int) -> tuple[str, int, int]:
+    """Where a sequence stands that is known by its shard.
+
+    Args:
+        shard: file name, with or without `.tar`.
+        index: number of the sequence in the shard.
+
+    Returns:
+        the split, the sequence's number in it, and how many sequences the shard holds from there on.
+
+    Raises:
+        DataError: there is no such shard, or no sequence `index` in it.
+    """
+    names = dataset.shards.column("name").to_pylist()
+    wanted = f"{shard.removesuffix('.tar')}.tar"
+    if wanted not in names:
+        raise DataError(f"{dataset.path} has no shard {wanted}. Its shards are {names[0]} to {names[-1]}.")
+    row = names.index(wanted)
+    splits, counts = (dataset.shards.column(c).to_pylist() for c in ("split", "sequences"))
+    if not 0 <= index < counts[row]:
+        raise DataError(f"{wanted} has no sequence {index}. Choose one from 0 to {counts[row] - 1}.")
+    before = sum(counts[i] for i in range(row) if splits[i] == splits[row])
+    return splits[row], before + index, counts[row] - index
 
 
 def preview(dataset: Dataset, split: str, first: int, count: int) -> list[str]:
@@ -74,16 +108,25 @@ def render_info(facts: dict[str, Any]) -> str:
     ]
     rows = [["", *splits]]
     rows += [[key.replace("_", " "), *(_cell(key, splits[s][key]) for s in splits)] for key in (*_COUNTS, "bytes")]
+    spread = {s: splits[s]["tokens_per_shard"] for s in splits}
+    rows += [[f"tokens per shard, {key}", *(f"{spread[s][key]:,.0f}" for s in splits)] for key in _SPREAD]
     pictures = [f"\n{_histogram(name, splits[name]['length_histogram'])}" for name in splits]
     return "\n".join([*head, "", *_table(rows), *pictures])
 
 
-def _describe_split(facts: dict[str, Any], size: int) -> dict[str, Any]:
+def _describe_split(dataset: Dataset, name: str) -> dict[str, Any]:
+    facts = dataset.manifest["splits"][name]
+    shards = dataset.shards.filter(pc.equal(dataset.shards.column("split"), name))
+    members = dataset.index.column("tokens").slice(facts["first_member"], facts["members"]).to_numpy()
+    # A shard's members stand together in the index; the first begins where those of the shard before it end.
+    starts = np.cumsum(shards.column("members").to_numpy())[:-1]
+    tokens = np.add.reduceat(members, np.concatenate([[0], starts]))
     return {
-        **{key: value for key, value in facts.items() if key not in ("first_member", "members")},
+        **{key: value for key, value in facts.items() if key != "first_member"},
         "mean_tokens": facts["tokens"] / facts["sequences"],
         "unknown_rate": facts["unknown_tokens"] / facts["tokens"],
-        "bytes": size,
+        "tokens_per_shard": {"min": int(tokens.min()), "mean": float(tokens.mean()), "max": int(tokens.max())},
+        "bytes": pc.sum(shards.column("bytes")).as_py(),
     }
 
 

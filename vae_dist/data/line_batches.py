@@ -29,8 +29,8 @@ def line_batches(filesystem: fs.FileSystem, piece: Piece, counts: Counter[str]) 
     for offset, body in _whole_lines(filesystem, piece):
         text = decode_utf8(body, piece.path, offset, inside)
         lines = (text if offset else text.removeprefix("\ufeff")).split("\n")
-        if not lines[-1]:
-            # What follows the last \n is no line.
+        if text.endswith("\n"):
+            # Nothing after the last \n is no line.
             lines.pop()
         stripped = [line for line in map(str.strip, lines) if line]
         counts["empty_texts"] += len(lines) - len(stripped)

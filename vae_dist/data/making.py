@@ -53,7 +53,7 @@ class Making:
         """
         drops = self.drops()
         tokenizer = self.tokenizer(drops)
-        encoded = self._stages.finish("encode", Encode(self._source, self._work, drops), self._groups, self._sizes, "B")
+        encoded = self._stages.finish("encode", Encode(self._source, self._work, drops), self._groups, self._sizes)
         if not any(record["splits"]["train"]["blocks"] for record in encoded):
             raise no_training_sequence(self._source, encoded)
         shards = self._shards(out, encoded, tokenizer)
@@ -95,7 +95,7 @@ class Making:
             plans += plan_shards(split, of_groups, options.member_sequences, options.shard_bytes, token_bytes)
         assemble = Assemble(self._work, out, schema, tokenizer.vocab_size, options.member_sequences)
         sizes = [plan.sequences for plan in plans]
-        records = self._stages.finish("shards", assemble, plans, sizes, "sequences")
+        records = self._stages.finish("shards", assemble, plans, sizes)
         found: dict[str, list[Record]] = {}
         for plan, record in zip(plans, records, strict=True):
             found.setdefault(plan.split, []).append(record)

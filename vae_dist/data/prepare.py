@@ -140,8 +140,8 @@ def _open_finished(out: Folder, out_dir: str | Path, origin: dict[str, Any]) -> 
     if found != json.loads(json.dumps(origin)):
         differing = [key for key in origin if found.get(key) != origin[key]]
         raise DataError(
-            f"{out_dir} holds another data set, made of {found.get('source', 'an unknown source')}: its "
+            f"{out.path} holds another data set, made of {found.get('source', 'an unknown source')}: its "
             f"{' and '.join(differing)} differ. Choose another directory or delete this one."
         )
-    logger.info("%s is prepared already", out_dir)
+    logger.info("%s is prepared already", out.path)
     return Dataset.open(out_dir)

@@ -106,19 +106,18 @@ def sample_training_texts(
     groups: Sequence[Sequence[Piece]],
     sizes: Sequence[int],
     drops: Drops | None,
-    characters: int = SAMPLE_CHARACTERS,
 ) -> list[str]:
-    """The training split's texts, or a sample of at most so many characters, in the order of the source.
+    """The training split's texts, or a sample of at most SAMPLE_CHARACTERS, in the order of the source.
 
     Args:
         sizes: bytes of each group.
     """
     # Twice what is wanted: not all bytes are text of the training split. Compressed files hold more than their size.
-    share = min(1.0, 2 * characters / max(1, sum(sizes)))
+    share = min(1.0, 2 * SAMPLE_CHARACTERS / max(1, sum(sizes)))
     limit = 1 << 64 if share == 1.0 else int(share * 2**64)
-    sample = Sample(source, stages.work, drops, limit, characters)
-    records = stages.finish("sample", sample, groups, sizes, "B")
-    smallest = Smallest(characters, min((record["limit"] for record in records), default=limit))
+    sample = Sample(source, stages.work, drops, limit, SAMPLE_CHARACTERS)
+    records = stages.finish("sample", sample, groups, sizes)
+    smallest = Smallest(SAMPLE_CHARACTERS, min((record["limit"] for record in records), default=limit))
     for number in range(len(groups)):
         for digest, text in _read(stages.work, number):
             smallest.add(digest, text)

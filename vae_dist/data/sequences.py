@@ -1,4 +1,4 @@
-"""Many token sequences in two flat arrays."""
+"""Many token sequences in flat arrays."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _ROWS_AT_ONCE = 2048
+# A view that uses at least one token in so many of its array is dense.
+_DENSE = 16
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,18 @@ class Sequences:
         return (self[i] for i in range(len(self)))
 
     @property
+    def starts(self) -> np.ndarray:
+        """int64[n], where each sequence begins."""
+        return self.offsets[:-1]
+
+    @property
     def lengths(self) -> np.ndarray:
         """int64[n]."""
         return np.diff(self.offsets)
+
+    def view(self) -> SequenceView:
+        """The same sequences, to be put in another order without copying a token."""
+        return SequenceView(self.tokens, self.starts, self.lengths)
 
     @property
     def nbytes(self) -> int:
@@ -50,20 +61,7 @@ class Sequences:
         """The sequences at `indices`, in that order, copied."""
         indices = np.asarray(indices, dtype=np.int64)
         starts = self.offsets[indices]
-        lengths = self.offsets[indices + 1] - starts
-        offsets = np.zeros(len(indices) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        tokens = np.empty(int(offsets[-1]), dtype=self.tokens.dtype)
-        # Position p of the result comes from its sequence's start plus how far p is into the sequence.
-        shift = starts - offsets[:-1]
-        # Piece by piece: the positions of a whole window would not stay in cache.
-        for row in range(0, len(indices), _ROWS_AT_ONCE):
-            end = min(row + _ROWS_AT_ONCE, len(indices))
-            here = slice(int(offsets[row]), int(offsets[end]))
-            source = np.repeat(shift[row:end], lengths[row:end])
-            source += np.arange(here.start, here.stop)
-            np.take(self.tokens, source, out=tokens[here], mode="clip")
-        return Sequences(tokens, offsets)
+        return gather(self.tokens, starts, self.offsets[indices + 1] - starts)
 
     @staticmethod
     def concatenate(parts: Sequence[Sequences]) -> Sequences:
@@ -82,3 +80,76 @@ class Sequences:
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         tokens = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
         return Sequences(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+@dataclass(frozen=True)
+class SequenceView:
+    """n sequences that lie anywhere in a flat array: tokens[starts[i] : starts[i] + lengths[i]].
+
+    Attributes:
+        tokens: integers, flat; may hold more than these sequences.
+        starts, lengths: int64[n].
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.tokens[self.starts[index] : self.starts[index] + self.lengths[index]]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    def take(self, indices: np.ndarray | Sequence[int]) -> SequenceView:
+        """The sequences at `indices`, in that order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        return SequenceView(self.tokens, self.starts[indices], self.lengths[indices])
+
+    def slice(self, begin: int, end: int) -> SequenceView:
+        """The sequences [begin, end)."""
+        return SequenceView(self.tokens, self.starts[begin:end], self.lengths[begin:end])
+
+    @staticmethod
+    def concatenate(parts: Sequence[SequenceView]) -> SequenceView:
+        """All parts in order, in one flat array.
+
+        A part that uses a good share of its array brings the array as it is, which copies faster than its sequences
+        are picked out.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        parts = [part if part._is_dense() else part._packed() for part in parts]
+        sizes = np.array([len(part.tokens) for part in parts], dtype=np.int64)
+        shifts = np.cumsum(sizes) - sizes
+        return SequenceView(
+            np.concatenate([part.tokens for part in parts] or [np.empty(0, dtype=np.int64)]),
+            np.concatenate([part.starts + shift for part, shift in zip(parts, shifts, strict=True)] or [shifts]),
+            np.concatenate([part.lengths for part in parts] or [shifts]),
+        )
+
+    def _is_dense(self) -> bool:
+        return int(self.lengths.sum()) * _DENSE >= len(self.tokens)
+
+    def _packed(self) -> SequenceView:
+        return gather(self.tokens, self.starts, self.lengths).view()
+
+
+def gather(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Sequences:
+    """Copy sequences that lie anywhere in a flat array into one without gaps."""
+    offsets = np.zeros(len(starts) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    copied = np.empty(int(offsets[-1]), dtype=tokens.dtype)
+    # Position p of the result comes from its sequence's start plus how far p is into the sequence.
+    shift = starts - offsets[:-1]
+    # Piece by piece: the positions of a whole window would not stay in cache.
+    for row in range(0, len(starts), _ROWS_AT_ONCE):
+        end = min(row + _ROWS_AT_ONCE, len(starts))
+        here = slice(int(offsets[row]), int(offsets[end]))
+        source = np.repeat(shift[row:end], lengths[row:end])
+        source += np.arange(here.start, here.stop)
+        np.take(tokens, source, out=copied[here], mode="clip")
+    return Sequences(copied, offsets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from vae_dist.data.ranges import RangeReader
 from vae_dist.data.sequences import Sequences
-from vae_dist.data.shards import Decoder, MemberEntry
+from vae_dist.data.shards import Decoder, MemberEntry, member_docs
 from vae_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -26,37 +26,43 @@ _COLUMNS = tuple(f.name for f in fields(MemberEntry))
 
 
 class Damage:
-    """What becomes of a member that cannot be used: an error, or its sequences are left out, within a budget."""
+    """What becomes of sequences that cannot be read: an error, or they are left out, within a budget."""
 
     def __init__(self, budget_sequences: int = 0) -> None:
         """With a budget of 0 the first damage is the error that it is."""
         self._budget = budget_sequences
-        self._members: dict[int, int] = {}
+        self._members: dict[int, DataError] = {}
+        self._left_out: set[int] = set()
         self._lock = threading.Lock()
 
-    @property
-    def skipped_sequences(self) -> int:
-        """Sequences left out so far, each counted once however often it was asked for."""
-        return sum(self._members.values())
-
-    def accept(self, member: int, sequences: int, error: DataError) -> None:
-        """Note that a member's sequences are left out.
+    def accept(self, member: int, error: DataError) -> None:
+        """Note what is wrong with a member.
 
         Raises:
-            DataError: the budget is used up; the damage that went beyond it.
+            DataError: it is `error`, when nothing may be left out.
+        """
+        if self._budget == 0:
+            raise error
+        with self._lock:
+            is_news = member not in self._members
+            self._members[member] = error
+        if is_news:
+            logger.warning("left out: %s", error.message)
+
+    def leave_out(self, numbers: np.ndarray) -> None:
+        """Count the sequences that were asked for and are left out.
+
+        Raises:
+            DataError: the budget is used up; the damage that was found last.
         """
         with self._lock:
-            if member in self._members:
-                return
-            if self.skipped_sequences + sequences > self._budget:
-                if self._budget == 0:
-                    raise error
+            self._left_out.update(numbers.tolist())
+            if len(self._left_out) > self._budget:
+                *_, last = self._members.values()
                 raise DataError(
-                    f"{error.message} With this, {self.skipped_sequences + sequences} sequences would be skipped, "
-                    f"more than the {self._budget} that data.damage_budget_fraction allows."
+                    f"{last.message} With this, {len(self._left_out)} sequences would be skipped, more than the "
+                    f"{self._budget} that data.damage_budget_fraction allows this worker."
                 )
-            self._members[member] = sequences
-        logger.warning("skipping %d sequences: %s", sequences, error.message)
 
 
 class Split:
@@ -107,7 +113,10 @@ class Split:
         end = int(np.searchsorted(starts, first + count, side="left"))
         whole = Sequences.concatenate(self._members(begin, end))
         base = int(starts[begin])
-        return whole.slice(first - base, first - base + count)
+        asked = whole.slice(first - base, first - base + count)
+        if not asked.lengths.all():
+            self.damage.leave_out(first + np.flatnonzero(asked.lengths == 0))
+        return asked
 
     def read_runs(self, runs: Iterable[tuple[int, int]]) -> Sequences:
         """The sequences of several (first, count) runs, one after another; remote stores are asked in parallel."""
@@ -123,18 +132,17 @@ class Split:
             DataError: as `read`, whatever is done about damage there.
         """
         for number in range(len(self._columns["shard"])):
-            entry, name, version = self._entry(number)
-            try:
-                data = self._reader.read(name, entry.offset, entry.bytes, version)
-            except DataError as error:
-                raise DataError(f"{self._where(number, entry, name)} cannot be read: {error.message}") from None
+            entry = self._entry(number)
+            name, version = self._shard(entry.shard)
+            data = self._read(number, entry, name, version)
             yield self._decode(number, entry, name, data, entry.offset), member_docs(data)
 
-    def _entry(self, number: int) -> tuple[MemberEntry, str, str]:
-        """A member's row of the index; name and hash of its shard."""
-        entry = MemberEntry(*(int(self._columns[c][number]) for c in _COLUMNS))
-        row = self._shards.slice(entry.shard, 1)
-        return entry, row.column("name")[0].as_py(), row.column("xxh3")[0].as_py()
+    def _entry(self, number: int) -> MemberEntry:
+        return MemberEntry(*(int(self._columns[c][number]) for c in _COLUMNS))
+
+    def _shard(self, number: int) -> tuple[str, str]:
+        """Name and hash of a shard."""
+        return self._shards.column("name")[number].as_py(), self._shards.column("xxh3")[number].as_py()
 
     def _members(self, begin: int, end: int) -> list[Sequences]:
         """Decoded members [begin, end): from a small cache of the last ones, else in as few reads as possible."""
@@ -174,30 +182,38 @@ class Split:
 
     def _load(self, numbers: list[int]) -> list[Sequences]:
         """Decode neighbouring members of one shard from one read."""
-        rows = [self._entry(number) for number in numbers]
-        entries, (_, name, version) = [entry for entry, _, _ in rows], rows[0]
+        entries = [self._entry(number) for number in numbers]
+        name, version = self._shard(entries[0].shard)
         offset, end = entries[0].offset, entries[-1].offset + entries[-1].bytes
+        data = None
         try:
             data = self._reader.read(name, offset, end - offset, version)
-        except DataError as error:
-            return [
-                self._left_out(n, e, DataError(f"{self._where(n, e, name)} cannot be read: {error.message}"))
-                for n, e in zip(numbers, entries, strict=True)
-            ]
-        try:
             return [self._decode(n, e, name, data, offset) for n, e in zip(numbers, entries, strict=True)]
-        except DataError:
-            # The store may be whole where the transfer or the copy on this host was not: asked once more.
+        except DataError as error:
+            # The reader has tried for long already.
+            if data is None and len(numbers) == 1:
+                return [self._left_out(numbers[0], entries[0], self._out_of_reach(numbers[0], entries[0], name, error))]
+            # The store may be whole where the transfer or the copy on this host was not: asked once more, and each
+            # member alone, so that one that is damaged or cut off does not take its neighbours with it.
             self._reader.forget(name, offset, end - offset, version)
         return [self._load_again(n, e, name, version) for n, e in zip(numbers, entries, strict=True)]
 
     def _load_again(self, number: int, entry: MemberEntry, name: str, version: str) -> Sequences:
         try:
-            data = self._reader.read(name, entry.offset, entry.bytes, version)
+            data = self._read(number, entry, name, version)
             return self._decode(number, entry, name, data, entry.offset)
         except DataError as error:
             self._reader.forget(name, entry.offset, entry.bytes, version)
             return self._left_out(number, entry, error)
+
+    def _read(self, number: int, entry: MemberEntry, name: str, version: str) -> pa.Buffer:
+        try:
+            return self._reader.read(name, entry.offset, entry.bytes, version)
+        except DataError as error:
+            raise self._out_of_reach(number, entry, name, error) from None
+
+    def _out_of_reach(self, number: int, entry: MemberEntry, name: str, error: DataError) -> DataError:
+        return DataError(f"{self._where(number, entry, name)} is out of reach: {error.message}")
 
     def _decode(self, number: int, entry: MemberEntry, name: str, data: pa.Buffer, offset: int) -> Sequences:
         piece = data.slice(entry.offset - offset, entry.bytes)
@@ -214,5 +230,5 @@ class Split:
         return f"{self._reader.root}/{name}, member {number} of split {self.name} at byte {entry.offset},"
 
     def _left_out(self, number: int, entry: MemberEntry, error: DataError) -> Sequences:
-        self.damage.accept(number, entry.sequences, error)
+        self.damage.accept(number, error)
         return Sequences(np.empty(0, dtype=np.int64), np.zeros(entry.sequences + 1, dtype=np.int64))

@@ -15,7 +15,7 @@ import numpy as np
 
 from vae_dist.data.batch import Share
 from vae_dist.data.order import EpochOrder, OrderSpec
-from vae_dist.data.sequences import Sequences
+from vae_dist.data.sequences import Sequences, SequenceView
 from vae_dist.data.split import Split
 from vae_dist.data.windows import WindowKey, Windows
 
@@ -27,18 +27,23 @@ class _Prepared:
     Attributes:
         bounds: int64[turns + 1]; step `turn` of the window takes sequences [bounds[turn], bounds[turn + 1]).
         slots: int64[n], place of each sequence in its global batch.
+        left_out: int64[turns], sequences of each step that damage took.
     """
 
     key: WindowKey
-    sequences: Sequences
+    sequences: SequenceView
     bounds: np.ndarray
     slots: np.ndarray
+    left_out: np.ndarray
 
 
 class Stream:
     """One rank's view of the canonical order.
 
     Rank r of w owns the streams r, r + w, ...; it holds a shuffle window of each and two length windows of all.
+
+    Attributes:
+        skipped_sequences: how many were left out of the shares that `shares` has given, because of damage.
     """
 
     def __init__(self, splits: Sequence[Split], windows: Windows, rank: int, world_size: int) -> None:
@@ -61,6 +66,7 @@ class Stream:
         self._prepared: _Prepared | None = None
         self._next: tuple[WindowKey, Future[_Prepared]] | None = None
         self._waited_seconds = 0.0
+        self.skipped_sequences = 0
 
     def share(self, step: int) -> Share:
         """This rank's sequences of global step `step` (counted from 0 over all epochs).
@@ -68,14 +74,10 @@ class Stream:
         Raises:
             DataError: a shard is missing or damaged.
         """
-        key, turn = self._windows.locate(step)
-        if self._prepared is None or self._prepared.key != key:
-            self._prepared = self._load(key)
-            following, _ = self._windows.locate(step - turn + len(self._prepared.bounds) - 1)
-            self._next = following, self._background.submit(self._prepare, following)
-        begin, end = self._prepared.bounds[turn : turn + 2]
-        sequences = self._prepared.sequences.slice(begin, end)
-        slots = step * self._spec.batch_sequences + self._prepared.slots[begin:end]
+        prepared, turn = self._window_of(step)
+        begin, end = prepared.bounds[turn : turn + 2]
+        sequences = prepared.sequences.slice(begin, end)
+        slots = step * self._spec.batch_sequences + prepared.slots[begin:end]
         return Share(sequences, slots, self._windows.real_sequences(step))
 
     def shares(self, first_step: int, end_step: int) -> Iterator[Share]:
@@ -84,12 +86,23 @@ class Stream:
             asked = time.monotonic()
             share = self.share(step)
             self._waited_seconds += time.monotonic() - asked
+            prepared, turn = self._window_of(step)
+            self.skipped_sequences += int(prepared.left_out[turn])
             yield share
 
     def take_waited_seconds(self) -> float:
         """How long the consumer of `shares` has waited since this was last asked."""
         waited, self._waited_seconds = self._waited_seconds, 0.0
         return waited
+
+    def _window_of(self, step: int) -> tuple[_Prepared, int]:
+        """The prepared window of a step, its successor begun, and the step's turn in it."""
+        key, turn = self._windows.locate(step)
+        if self._prepared is None or self._prepared.key != key:
+            self._prepared = self._load(key)
+            following, _ = self._windows.locate(step - turn + len(self._prepared.bounds) - 1)
+            self._next = following, self._background.submit(self._prepare, following)
+        return self._prepared, turn
 
     def _load(self, key: WindowKey) -> _Prepared:
         if self._next is None or self._next[0] != key:
@@ -102,7 +115,7 @@ class Stream:
         for stream in self._owned:
             pieces = self._windows.pieces(key, stream)
             taken = [self._feeds[p.component, stream].take(p.epoch, p.first, p.count) for p in pieces]
-            window = Sequences.concatenate(taken)
+            window = SequenceView.concatenate(taken)
             groups = self._windows.groups(key, window.lengths)
             in_group = np.arange(len(window)) - np.repeat(np.cumsum(groups.sizes) - groups.sizes, groups.sizes)
             parts.append(window)
@@ -113,17 +126,18 @@ class Stream:
         turn = np.concatenate(turns)
         layout = np.argsort(turn.astype(np.uint16) if len(groups.sizes) < 2**16 else turn, kind="stable")
         bounds = np.concatenate([[0], np.cumsum(np.bincount(turn, minlength=len(groups.sizes)))])
-        sequences = Sequences.concatenate(parts).take(np.concatenate(places)[layout])
+        sequences = SequenceView.concatenate(parts).take(np.concatenate(places)[layout])
         return _leave_out_damaged(key, sequences, bounds, np.concatenate(slots)[layout])
 
 
-def _leave_out_damaged(key: WindowKey, sequences: Sequences, bounds: np.ndarray, slots: np.ndarray) -> _Prepared:
+def _leave_out_damaged(key: WindowKey, sequences: SequenceView, bounds: np.ndarray, slots: np.ndarray) -> _Prepared:
     """Without the sequences of length 0, which stand for damage; the others keep their slots."""
     is_whole = sequences.lengths > 0
     if is_whole.all():
-        return _Prepared(key, sequences, bounds, slots)
+        return _Prepared(key, sequences, bounds, slots, np.zeros(len(bounds) - 1, dtype=np.int64))
     before = np.concatenate([[0], np.cumsum(is_whole)])
-    return _Prepared(key, sequences.take(np.flatnonzero(is_whole)), before[bounds], slots[is_whole])
+    left_out = np.diff(bounds) - np.diff(before[bounds])
+    return _Prepared(key, sequences.take(np.flatnonzero(is_whole)), before[bounds], slots[is_whole], left_out)
 
 
 class _Feed:
@@ -132,25 +146,25 @@ class _Feed:
     def __init__(self, split: Split, spec: OrderSpec, stream: int) -> None:
         self._split, self._spec, self._stream = split, spec, stream
         self._key: tuple[int, int] | None = None
-        self._sequences, self._permutation = Sequences.concatenate([]), np.empty(0, dtype=np.int64)
+        self._shuffled = Sequences.concatenate([]).view()
 
-    def take(self, epoch: int, first: int, count: int) -> Sequences:
+    def take(self, epoch: int, first: int, count: int) -> SequenceView:
         """The sequences at positions [first, first + count) of the stream's shuffled list in `epoch`."""
         parts = []
         while count:
             window, inside = divmod(first, self._spec.window_sequences)
             number = min(count, self._spec.window_sequences - inside)
             self._load(epoch, window)
-            parts.append(self._sequences.take(self._permutation[inside : inside + number]))
+            parts.append(self._shuffled.slice(inside, inside + number))
             first, count = first + number, count - number
-        return Sequences.concatenate(parts)
+        return SequenceView.concatenate(parts)
 
     def _load(self, epoch: int, window: int) -> None:
         if self._key == (epoch, window):
             return
         order = EpochOrder(self._spec, epoch)
-        self._sequences = self._split.read_runs(order.runs(self._stream, window))
-        self._permutation = order.permutation(self._stream, window)
+        listed = self._split.read_runs(order.runs(self._stream, window))
+        self._shuffled = listed.view().take(order.permutation(self._stream, window))
         self._key = (epoch, window)
 
 

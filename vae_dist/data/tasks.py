@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class Run(Protocol):
-    """Applies a function to items; results may come in any order.
+    """Applies a function to items, of which there is at least one; results may come in any order.
 
     Function, items and results can be pickled. What the function raises is raised here, as itself.
     """
@@ -30,8 +30,8 @@ def run_here(function: Callable[[Item], Result], items: Sequence[Item], /) -> It
 class Progress(Protocol):
     """Is told how far a prepare is. One stage after the other; a stage that began always ends."""
 
-    def begin(self, stage: str, total: int, done: int, unit: str) -> None:
-        """A stage of `total` units (bytes, shards), of which an earlier prepare has done `done`."""
+    def begin(self, stage: str, total: int, done: int) -> None:
+        """A stage of `total` units (bytes, sequences), of which an earlier prepare has done `done`."""
 
     def advance(self, done: int, texts: int) -> None:
         """A task of `done` units has finished, which went through `texts` texts."""
@@ -43,7 +43,7 @@ class Progress(Protocol):
 class Silent:
     """Tells nobody."""
 
-    def begin(self, stage: str, total: int, done: int, unit: str) -> None:
+    def begin(self, stage: str, total: int, done: int) -> None:
         """Nothing."""
 
     def advance(self, done: int, texts: int) -> None:

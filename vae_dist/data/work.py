@@ -169,13 +169,13 @@ class Stages:
     progress: Progress
 
     def finish(
-        self, stage: str, function: Callable[[int, Any], Record], items: Sequence[Any], sizes: Sequence[int], unit: str
+        self, stage: str, function: Callable[[int, Any], Record], items: Sequence[Any], sizes: Sequence[int]
     ) -> list[Record]:
         """The records of all tasks of a stage, in order.
 
         Args:
             function: from a task's number and item to its record; what it writes has the number in its name.
-            sizes: how much of `unit` each task goes through, for the progress.
+            sizes: how much each task goes through, in bytes or sequences, for the progress.
 
         Raises:
             DataError: of a task, as the task raised it.
@@ -187,7 +187,9 @@ class Stages:
             if record_name(stage, number) in there:
                 found[number] = self.work.read_json(record_name(stage, number))
         pending = [(number, item) for number, item in enumerate(items) if number not in found]
-        self.progress.begin(stage, sum(sizes), sum(sizes[n] for n in found), unit)
+        if not pending:
+            return [found[number] for number in range(len(items))]
+        self.progress.begin(stage, sum(sizes), sum(sizes[n] for n in found))
         try:
             for number, record in self.run(_Task(self.work, stage, function), pending):
                 found[number] = record

@@ -154,7 +154,7 @@ def _log(
         "seconds_left": (plan.total_steps - step) * values["step_seconds"],
     }
     if plan.config.data.damage == "skip":
-        values["skipped_sequences"] = _sum_over_ranks(sum(split.damage.skipped_sequences for split in data.splits))
+        values["skipped_sequences"] = _sum_over_ranks(stream.skipped_sequences)
     if plan.config.data.mixture:
         values["mixture"] = data.mixture_report(step)
     if metrics:

@@ -62,7 +62,7 @@ def run_in_processes(workers: int, function: Callable[[Item], Result], items: Se
     context = multiprocessing.get_context("forkserver")
     # Shards are written with webdataset, which takes seconds to import: once is enough.
     context.set_forkserver_preload(["vae_dist.data.making", "webdataset"])
-    pool = ProcessPoolExecutor(processes, context, _enter_process, (max(1, workers // processes),))
+    pool = ProcessPoolExecutor(processes, context, _enter_process, (dict(os.environ), max(1, workers // processes)))
     waiting = iter(items)
     running: set[Future[Result]] = set()
     try:
@@ -84,8 +84,11 @@ def run_in_processes(workers: int, function: Callable[[Item], Result], items: Se
         pool.shutdown(cancel_futures=True)
 
 
-def _enter_process(threads: int) -> None:
+def _enter_process(environment: dict[str, str], threads: int) -> None:
     """What a process does before its first task."""
+    # The process it was forked from may be older than the credentials of this prepare.
+    os.environ.clear()
+    os.environ.update(environment)
     # Ctrl-C is the parent's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _set_tokenizer_threads(threads)

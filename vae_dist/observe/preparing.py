@@ -26,19 +26,19 @@ class Lines:
     """Logs a line about every ten seconds; stages that take less say nothing."""
 
     def __init__(self) -> None:
-        self._rate = Rate("", 0, 0, "")
+        self._rate = Rate("", 0, 0)
         self._said_at = 0.0
 
-    def begin(self, stage: str, total: int, done: int, unit: str) -> None:
+    def begin(self, stage: str, total: int, done: int) -> None:
         """A stage of `total` units begins, of which `done` are done."""
-        self._rate, self._said_at = Rate(stage, total, done, unit), time.monotonic()
+        self._rate, self._said_at = Rate(stage, total, done), time.monotonic()
 
     def advance(self, done: int, texts: int) -> None:
         """A task of `done` units and so many texts has ended."""
         self._rate.advance(done, texts)
         if time.monotonic() - self._said_at >= _SECONDS_BETWEEN_LINES:
             self._said_at = time.monotonic()
-            logger.info("%s", self._rate)
+            logger.info("%s", str(self._rate))
 
     def end(self) -> None:
         """The stage has ended."""
@@ -48,15 +48,15 @@ class Bar:
     """A bar for the stage under way; a line remains of each that is finished."""
 
     def __init__(self) -> None:
-        self._rate = Rate("", 0, 0, "")
+        self._rate = Rate("", 0, 0)
 
-    def begin(self, stage: str, total: int, done: int, unit: str) -> None:
+    def begin(self, stage: str, total: int, done: int) -> None:
         """A stage of `total` units begins, of which `done` are done."""
         # Imported here: where nobody looks, it is not needed.
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self._rate = Rate(stage, total, done, unit)
+        self._rate = Rate(stage, total, done)
         columns = (TextColumn("{task.description:<13}"), BarColumn(), TextColumn("{task.fields[facts]}"))
         self._bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
         self._task = self._bar.add_task(stage, total=total, completed=done, facts=self._rate.facts)
@@ -75,12 +75,12 @@ class Bar:
 class Rate:
     """How fast a stage goes, and how long it will take."""
 
-    def __init__(self, stage: str, total: int, done: int, unit: str) -> None:
+    def __init__(self, stage: str, total: int, done: int) -> None:
         """
         Args:
-            total, done: in `unit`; what is done already says nothing about the speed.
+            total, done: in any unit; what is done already says nothing about the speed.
         """
-        self._stage, self._total, self._done, self._unit = stage, total, done, unit
+        self._stage, self._total, self._done = stage, total, done
         self._done_now = self._texts = 0
         self._begun_at = time.monotonic()
 
