@@ -64,7 +64,7 @@ def _write(path: Path, schema: pa.Schema, columns: dict[str, np.ndarray]) -> Non
     rows = len(next(iter(columns.values())))
     arrays = [pa.array(columns.get(f.name, np.full(rows, "train"))).cast(f.type) for f in schema]
     with pa.ipc.new_file(str(path), schema) as writer:
-        writer.write_table(pa.table(arrays, schema=schema), max_chunksize=rows)
+        writer.write_table(pa.table(arrays, schema=schema).combine_chunks(), max_chunksize=rows)
 
 
 def test_sixteen_thousand_ranks_on_a_trillion_tokens(huge: Path) -> None:

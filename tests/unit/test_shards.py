@@ -2,6 +2,7 @@
 
 import tarfile
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import webdataset
 
 from vae_dist.data.sequences import Sequences
-from vae_dist.data.shards import Decoder, ShardWriter, hash_file, payload_schema, token_type
+from vae_dist.data.shards import Decoder, MemberEntry, ShardEntry, build_shard, hash_file, payload_schema, token_type
 from vae_dist.errors import DataError
 
 SCHEMA = payload_schema(1000, "tokenizer-hash")
@@ -21,13 +22,29 @@ def rows(count: int, seed: int = 0) -> list[np.ndarray]:
     return [np.append(draw.integers(4, 1000, draw.integers(0, 30)), 2) for _ in range(count)]
 
 
-def write(folder: Path, sequences: list[np.ndarray], shard_bytes: int = 8192, member_sequences: int = 7) -> ShardWriter:
+@dataclass
+class Written:
+    """The rows of the two tables for what was written."""
+
+    shards: list[ShardEntry] = field(default_factory=list)
+    members: list[MemberEntry] = field(default_factory=list)
+
+
+def write(folder: Path, sequences: list[np.ndarray], schema: pa.Schema = SCHEMA, member_sequences: int = 7) -> Written:
+    """Shards of ten members each."""
     folder.mkdir(exist_ok=True)
-    writer = ShardWriter(folder, "train", SCHEMA, shard_bytes, member_sequences)
-    for doc, tokens in enumerate(sequences):
-        writer.add(tokens, doc)
-    writer.close()
-    return writer
+    written, size = Written(), 10 * member_sequences
+    for number, first in enumerate(range(0, len(sequences), size)):
+        here = range(first, min(first + size, len(sequences)))
+        members = [
+            (Sequences.from_list([sequences[i] for i in part]), np.array(part))
+            for part in (here[i : i + member_sequences] for i in range(0, len(here), member_sequences))
+        ]
+        shard = build_shard("train", number, len(written.members), first, members, schema)
+        (folder / shard.entry.name).write_bytes(shard.data)
+        written.shards.append(shard.entry)
+        written.members += shard.members
+    return written
 
 
 def test_index_agrees_with_tarfile(tmp_path: Path) -> None:
@@ -59,15 +76,6 @@ def test_index_counts(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"train-{i:06d}.tar" for i in range(len(writer.shards))]
 
 
-def test_shards_stay_below_the_target(tmp_path: Path) -> None:
-    writer = write(tmp_path, rows(300), shard_bytes=16_384, member_sequences=5)
-    # A tar ends with empty blocks, up to one record of 10,240 bytes.
-    assert all(shard.bytes <= 16_384 + 10_240 for shard in writer.shards)
-    # A member larger than a shard gets a shard of its own.
-    large = write(tmp_path / "large", rows(300), shard_bytes=4096, member_sequences=150)
-    assert [shard.sequences for shard in large.shards] == [150, 150]
-
-
 def test_bytes_are_reproducible(tmp_path: Path) -> None:
     first, second = (write(tmp_path / name, rows(100)) for name in ("a", "b"))
     assert first.shards == second.shards
@@ -81,9 +89,7 @@ def test_bytes_are_reproducible(tmp_path: Path) -> None:
 def test_every_id_fits(tmp_path: Path, vocab_size: int, kind: pa.DataType) -> None:
     assert token_type(vocab_size) == kind
     schema = payload_schema(vocab_size, "h")
-    writer = ShardWriter(tmp_path, "train", schema, 1 << 20, 10)
-    writer.add(np.array([vocab_size - 1, 2]), 0)
-    writer.close()
+    writer = write(tmp_path, [np.array([vocab_size - 1, 2])], schema)
     assert read(tmp_path, writer, 0, schema).tokens.tolist() == [vocab_size - 1, 2]
 
 
@@ -113,7 +119,7 @@ def test_stock_webdataset_reads_shards(tmp_path: Path) -> None:
 
 
 def read(
-    folder: Path, writer: ShardWriter, number: int, schema: pa.Schema = SCHEMA, flip: int = -1, vocab_size: int = 2**31
+    folder: Path, writer: Written, number: int, schema: pa.Schema = SCHEMA, flip: int = -1, vocab_size: int = 2**31
 ) -> Sequences:
     entry = writer.members[number]
     data = bytearray((folder / writer.shards[entry.shard].name).read_bytes()[entry.offset : entry.offset + entry.bytes])

@@ -135,51 +135,6 @@ def build_shard(
     return Shard(data, entry, checked)
 
 
-class ShardWriter:
-    """Writes the shards of one split, one sequence after another."""
-
-    def __init__(self, directory: Path, split: str, schema: pa.Schema, shard_bytes: int, member_sequences: int) -> None:
-        self.members: list[MemberEntry] = []
-        self.shards: list[ShardEntry] = []
-        self._directory, self._split, self._schema = directory, split, schema
-        self._shard_bytes, self._member_sequences = shard_bytes, member_sequences
-        self._rows: list[np.ndarray] = []
-        self._docs: list[int] = []
-        self._held: list[tuple[Sequences, np.ndarray]] = []
-        self._held_bytes = 0
-
-    def add(self, tokens: np.ndarray, doc: int) -> None:
-        """Append one sequence."""
-        self._rows.append(tokens)
-        self._docs.append(doc)
-        if len(self._rows) == self._member_sequences:
-            self._flush()
-
-    def close(self) -> None:
-        """Write what is left."""
-        if self._rows:
-            self._flush()
-        if self._held:
-            self._write()
-
-    def _flush(self) -> None:
-        sequences, docs = Sequences.from_list(self._rows), np.array(self._docs, dtype=np.int64)
-        size = entry_bytes(len(encode_member(sequences, docs, self._schema)))
-        if self._held and self._held_bytes + size > self._shard_bytes:
-            self._write()
-        self._held.append((sequences, docs))
-        self._held_bytes += size
-        self._rows, self._docs = [], []
-
-    def _write(self) -> None:
-        first = self.members[-1].first_sequence + self.members[-1].sequences if self.members else 0
-        shard = build_shard(self._split, len(self.shards), len(self.members), first, self._held, self._schema)
-        (self._directory / shard.entry.name).write_bytes(shard.data)
-        self.shards.append(shard.entry)
-        self.members += shard.members
-        self._held, self._held_bytes = [], 0
-
-
 def encode_member(sequences: Sequences, docs: np.ndarray, schema: pa.Schema) -> bytes:
     """The Arrow IPC stream of one record batch."""
     kind = schema.field("tokens").type
