@@ -31,7 +31,7 @@ def ptb() -> Path:
 def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small prepared data set, made once."""
     from vae_dist.config.schema import PrepareConfig
-    from vae_dist.data.prepare import prepare
+    from vae_dist.data.prepare.prepare import prepare
 
     folder = tmp_path_factory.mktemp("data")
     (folder / "corpus.txt").write_text("\n".join(corpus()) + "\n", encoding="utf-8")

@@ -46,8 +46,8 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def data_prepare(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.data.info import describe
-    from vae_dist.data.prepare import prepare
+    from vae_dist.data.prepare.prepare import prepare
+    from vae_dist.data.store.info import describe
     from vae_dist.launch.prepare import executor
     from vae_dist.observe.preparing import show_preparing
 
@@ -56,8 +56,8 @@ def data_prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def data_info(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.data.dataset import Dataset
-    from vae_dist.data.info import describe, render_info
+    from vae_dist.data.store.dataset import Dataset
+    from vae_dist.data.store.info import describe, render_info
 
     facts = describe(Dataset.open(args.dir))
     say(render_info(facts))
@@ -65,8 +65,8 @@ def data_info(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def data_preview(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.data.dataset import Dataset
-    from vae_dist.data.info import locate, preview
+    from vae_dist.data.store.dataset import Dataset
+    from vae_dist.data.store.info import locate, preview
 
     dataset, num = Dataset.open(args.dir), args.num
     split, first = args.split or "train", args.first or 0
@@ -84,7 +84,7 @@ def data_preview(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def data_lint(args: argparse.Namespace) -> None:
-    from vae_dist.data.lint import lint
+    from vae_dist.data.store.lint import lint
 
     report = lint(args.dir, lambda problem: say(f"problem: {problem}"))
     for note in report["notes"]:
@@ -96,21 +96,21 @@ def data_lint(args: argparse.Namespace) -> None:
 
 
 def data_merge(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.data.info import describe
-    from vae_dist.data.rewrite import merge
+    from vae_dist.data.prepare.rewrite import merge
+    from vae_dist.data.store.info import describe
 
     return describe(merge(args.dirs, args.out))
 
 
 def data_split(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.data.info import describe
-    from vae_dist.data.rewrite import split
+    from vae_dist.data.prepare.rewrite import split
+    from vae_dist.data.store.info import describe
 
     return describe(split(args.dir, args.out, args.valid_fraction, args.test_fraction, args.seed))
 
 
 def tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.data.prepare import train_tokenizer
+    from vae_dist.data.prepare.prepare import train_tokenizer
     from vae_dist.launch.prepare import executor
     from vae_dist.observe.preparing import show_preparing
 
@@ -121,7 +121,7 @@ def tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.data.dataset import Dataset
+    from vae_dist.data.store.dataset import Dataset
     from vae_dist.errors import DataError
     from vae_dist.evaluate.likelihood import score_split, summarise
     from vae_dist.export.model_dir import load_model

@@ -18,8 +18,8 @@ from typing import Any
 
 from vae_dist.config.load import load_config
 from vae_dist.config.schema import Config
-from vae_dist.data.prepare import prepare_cached
-from vae_dist.data.training_data import TrainingData, open_training_data
+from vae_dist.data.prepare.prepare import prepare_cached
+from vae_dist.data.stream.training_data import TrainingData, open_training_data
 from vae_dist.engine.plan import RunPlan, claim_run_dir, next_commands, plan_run
 from vae_dist.errors import VaeDistError
 from vae_dist.launch.prepare import executor

@@ -20,7 +20,7 @@ from pathlib import Path
 import tokenizers
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.prepare import prepare
+from vae_dist.data.prepare.prepare import prepare
 from vae_dist.launch.prepare import executor
 
 DATA = Path(os.environ.get("VAE_DIST_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))

@@ -15,10 +15,10 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
 from vae_dist.config.load import load_config
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.stream import Stream
-from vae_dist.data.training_data import order_spec
-from vae_dist.data.windows import EpochWindows
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.stream.stream import Stream
+from vae_dist.data.stream.training_data import order_spec
+from vae_dist.data.stream.windows import EpochWindows
 from vae_dist.engine.loop import _build
 from vae_dist.engine.step import TrainStep
 

@@ -14,8 +14,8 @@ import pytest
 from support import TINY, Finished, RayCluster, corpus, start_command, wait_for
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.prepare import prepare
+from vae_dist.data.prepare.prepare import prepare
+from vae_dist.data.store.dataset import Dataset
 
 # Small members and shards: most of the data set has not been read when the first steps are done.
 OPTIONS = PrepareConfig(max_tokens=16, member_sequences=50, shard_bytes=8192, valid_fraction=0.02, test_fraction=0.0)

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from support import ROOT, TINY, free_port, start_command
 
 from vae_dist.config.load import load_config
-from vae_dist.data.batch import collate
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.stream import Stream
-from vae_dist.data.training_data import order_spec
-from vae_dist.data.windows import EpochWindows
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.stream.batch import collate
+from vae_dist.data.stream.stream import Stream
+from vae_dist.data.stream.training_data import order_spec
+from vae_dist.data.stream.windows import EpochWindows
 from vae_dist.model.vae import TextVAE
 from vae_dist.objective.elbo import NegativeElbo
 from vae_dist.objective.schedule import beta_at

@@ -17,17 +17,17 @@ from pyarrow import fs
 from support import ROOT
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import dataset as module
-from vae_dist.data import filesystem
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.filesystem import resolve
-from vae_dist.data.order import OrderSpec
-from vae_dist.data.prepare import prepare
-from vae_dist.data.range_cache import RangeCache
-from vae_dist.data.ranges import RangeReader, RetryPolicy
-from vae_dist.data.split import Split
-from vae_dist.data.stream import Stream
-from vae_dist.data.windows import EpochWindows
+from vae_dist.data.prepare.prepare import prepare
+from vae_dist.data.store import dataset as module
+from vae_dist.data.store import filesystem
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.store.filesystem import resolve
+from vae_dist.data.store.range_cache import RangeCache
+from vae_dist.data.store.ranges import RangeReader, RetryPolicy
+from vae_dist.data.store.split import Split
+from vae_dist.data.stream.order import OrderSpec
+from vae_dist.data.stream.stream import Stream
+from vae_dist.data.stream.windows import EpochWindows
 from vae_dist.errors import DataError
 
 BUCKET = "data"
@@ -44,8 +44,8 @@ ENVIRONMENT = {
 }
 READ_ALL = """
 import hashlib, sys
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.ranges import RangeCache
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.store.ranges import RangeCache
 split = Dataset.open(sys.argv[1]).split("train", cache=RangeCache(sys.argv[2], 2**24))
 print(hashlib.sha256(split.read(0, split.sequences).tokens.tobytes()).hexdigest())
 """

@@ -10,12 +10,12 @@ import pytest
 from support import Finished, RayCluster, corpus, run_command
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.prepare import prepare
+from vae_dist.data.prepare.prepare import prepare
 
 SCRIPT = """
 import sys
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.prepare import prepare
+from vae_dist.data.prepare.prepare import prepare
 from vae_dist.launch.prepare import executor
 from vae_dist.errors import VaeDistError
 from vae_dist.observe.console import fail, show_log

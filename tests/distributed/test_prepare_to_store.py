@@ -12,7 +12,7 @@ from pyarrow import fs
 from support import corpus
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.prepare import prepare
+from vae_dist.data.prepare.prepare import prepare
 from vae_dist.errors import DataError
 from vae_dist.launch.prepare import run_in_processes
 

@@ -13,7 +13,7 @@ import pytest
 from support import run_command
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.prepare import prepare
+from vae_dist.data.prepare.prepare import prepare
 
 # A process of its own: `ray.init` changes the environment of the process that calls it.
 _SCRIPT = """

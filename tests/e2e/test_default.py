@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import RayCluster, run_command
 
-from vae_dist.data.dataset import Dataset
+from vae_dist.data.store.dataset import Dataset
 from vae_dist.decode.generate import Decoding
 from vae_dist.decode.latent_ops import TextModel
 from vae_dist.evaluate.likelihood import score_split, summarise, swapped_rec_per_seq

@@ -15,11 +15,11 @@ from support import TINY, corpus
 
 from vae_dist.config.load import load_config
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.batch import collate
-from vae_dist.data.prepare import prepare
-from vae_dist.data.stream import Stream
-from vae_dist.data.training_data import order_spec
-from vae_dist.data.windows import EpochWindows
+from vae_dist.data.prepare.prepare import prepare
+from vae_dist.data.stream.batch import collate
+from vae_dist.data.stream.stream import Stream
+from vae_dist.data.stream.training_data import order_spec
+from vae_dist.data.stream.windows import EpochWindows
 from vae_dist.model.vae import TextVAE
 from vae_dist.objective.elbo import NegativeElbo
 from vae_dist.objective.schedule import beta_at

@@ -13,7 +13,7 @@ import torch
 from support import RayCluster, free_port, start_command, wait_for
 
 from vae_dist.config.schema import LstmConfig, ModelConfig
-from vae_dist.data.dataset import Dataset
+from vae_dist.data.store.dataset import Dataset
 from vae_dist.decode.generate import Decoding
 from vae_dist.decode.latent_ops import TextModel
 from vae_dist.export.model_dir import load_model, write_model

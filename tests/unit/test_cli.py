@@ -10,7 +10,7 @@ import torch
 
 from vae_dist.cli import main
 from vae_dist.config.schema import LstmConfig, ModelConfig
-from vae_dist.data.dataset import Dataset
+from vae_dist.data.store.dataset import Dataset
 from vae_dist.export.model_dir import write_model
 from vae_dist.model.vae import TextVAE
 from vae_dist.train import main as train

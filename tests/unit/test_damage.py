@@ -19,11 +19,11 @@ import webdataset
 from small_data import all_rows, change_member, entries_of, some_rows, word_tokenizer, write_dataset
 
 from vae_dist.config.schema import Config
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.lint import lint
-from vae_dist.data.range_cache import RangeCache
-from vae_dist.data.shards import MemberEntry
-from vae_dist.data.training_data import TrainingData, open_training_data
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.store.lint import lint
+from vae_dist.data.store.range_cache import RangeCache
+from vae_dist.data.store.shards import MemberEntry
+from vae_dist.data.stream.training_data import TrainingData, open_training_data
 from vae_dist.errors import DataError
 
 # The second of the three members of the third of six shards.

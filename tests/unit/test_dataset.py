@@ -12,11 +12,11 @@ import pytest
 import xxhash
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import split as module
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.info import describe, length_histogram, preview, render_info
-from vae_dist.data.prepare import prepare
-from vae_dist.data.tokenizer import Tokenizer, build_tokenizer
+from vae_dist.data.prepare.prepare import prepare
+from vae_dist.data.store import split as module
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.store.info import describe, length_histogram, preview, render_info
+from vae_dist.data.text.tokenizer import Tokenizer, build_tokenizer
 from vae_dist.errors import DataError
 
 OPTIONS = PrepareConfig(tokenizer="word", member_sequences=7, shard_bytes=4096, valid_fraction=0.1, test_fraction=0.0)

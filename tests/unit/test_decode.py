@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from vae_dist.config.schema import LstmConfig, ModelConfig, PrepareConfig, TransformerConfig
-from vae_dist.data.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-from vae_dist.data.tokenizer import build_tokenizer
+from vae_dist.data.text.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from vae_dist.data.text.tokenizer import build_tokenizer
 from vae_dist.decode.generate import TOKEN_STREAM, Decoding, generate, prior_latents
 from vae_dist.decode.latent_ops import TextModel, score_texts, slerp
 from vae_dist.errors import DataError

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import deduplicate
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.minhash import KEYS_PER_TEXT, VALUES_PER_KEY, _shingles, _signatures, near_keys
-from vae_dist.data.prepare import prepare
+from vae_dist.data.prepare import deduplicate
+from vae_dist.data.prepare.minhash import KEYS_PER_TEXT, VALUES_PER_KEY, _shingles, _signatures, near_keys
+from vae_dist.data.prepare.prepare import prepare
+from vae_dist.data.store.dataset import Dataset
 
 WHOLE = {"valid_fraction": 0.0, "test_fraction": 0.0}
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vae_dist.data import docstrings
-from vae_dist.data.docstrings import harvest_docstrings, sentences_of, summary_sentence
+from vae_dist.data.source import docstrings
+from vae_dist.data.source.docstrings import harvest_docstrings, sentences_of, summary_sentence
 
 
 @pytest.fixture

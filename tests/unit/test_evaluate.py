@@ -12,9 +12,9 @@ import torch
 from scipy import stats
 from torch import nn
 
-from vae_dist.data.batch import Batch
-from vae_dist.data.sequences import Sequences
-from vae_dist.data.special_ids import EOS_ID
+from vae_dist.data.store.sequences import Sequences
+from vae_dist.data.stream.batch import Batch
+from vae_dist.data.text.special_ids import EOS_ID
 from vae_dist.evaluate.latent import active_units, kl_per_dim, mutual_information, variance_of_mean
 from vae_dist.evaluate.likelihood import Scores, score_split, summarise, swapped_rec_per_seq
 from vae_dist.model.vae import VaeOutput

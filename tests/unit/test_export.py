@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vae_dist.config.schema import LstmConfig, ModelConfig, PrepareConfig, TransformerConfig
-from vae_dist.data.tokenizer import Tokenizer, build_tokenizer
+from vae_dist.data.text.tokenizer import Tokenizer, build_tokenizer
 from vae_dist.engine.checkpoint_files import (
     Progress,
     commit,

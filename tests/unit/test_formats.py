@@ -17,7 +17,7 @@ import fsspec
 import pytest
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.sources import open_source
+from vae_dist.data.source.sources import open_source
 from vae_dist.errors import DataError
 
 Read = list[tuple[str | None, str]]

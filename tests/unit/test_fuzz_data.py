@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from small_data import all_rows, some_rows, write_dataset
 
 from vae_dist.config.schema import Config
-from vae_dist.data.lint import lint
-from vae_dist.data.training_data import open_training_data
+from vae_dist.data.store.lint import lint
+from vae_dist.data.stream.training_data import open_training_data
 from vae_dist.errors import VaeDistError
 
 ROWS = {"train": some_rows(60, 0), "valid": some_rows(12, 1)}

@@ -16,13 +16,13 @@ from small_data import all_rows, change_member, entries_of, some_rows, write_dat
 
 from vae_dist.cli import main
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import overlap
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.info import describe
-from vae_dist.data.lint import lint
-from vae_dist.data.overlap import Overlaps, sequence_hashes
-from vae_dist.data.prepare import prepare
-from vae_dist.data.sequences import Sequences
+from vae_dist.data.prepare.prepare import prepare
+from vae_dist.data.store import overlap
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.store.info import describe
+from vae_dist.data.store.lint import lint
+from vae_dist.data.store.overlap import Overlaps, sequence_hashes
+from vae_dist.data.store.sequences import Sequences
 
 ROWS = {"train": some_rows(120, 0), "valid": some_rows(20, 1), "test": some_rows(15, 2)}
 

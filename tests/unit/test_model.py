@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from vae_dist.config.schema import LstmConfig, ModelConfig, TransformerConfig
-from vae_dist.data.batch import Batch, collate
-from vae_dist.data.sequences import Sequences
-from vae_dist.data.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from vae_dist.data.store.sequences import Sequences
+from vae_dist.data.stream.batch import Batch, collate
+from vae_dist.data.text.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from vae_dist.model.lstm import LstmEncoder
 from vae_dist.model.vae import TextVAE, VaeOutput, count_parameters
 from vae_dist.objective.elbo import NegativeElbo

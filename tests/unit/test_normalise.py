@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.normalise import keyword_filter, normaliser
-from vae_dist.data.sources import open_source
-from vae_dist.data.tokenizer import Tokenizer, build_tokenizer
+from vae_dist.data.source.sources import open_source
+from vae_dist.data.text.normalise import keyword_filter, normaliser
+from vae_dist.data.text.tokenizer import Tokenizer, build_tokenizer
 
 STRIP = {"strip_punctuation": True, "strip_digits": True}
 EVERY = [

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from vae_dist.config.schema import LstmConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from vae_dist.data.batch import Batch, collate
-from vae_dist.data.sequences import Sequences
-from vae_dist.data.special_ids import BOS_ID, EOS_ID
+from vae_dist.data.store.sequences import Sequences
+from vae_dist.data.stream.batch import Batch, collate
+from vae_dist.data.text.special_ids import BOS_ID, EOS_ID
 from vae_dist.model.vae import TextVAE
 from vae_dist.objective.elbo import ElboTerms, NegativeElbo, loss_scale
 from vae_dist.objective.schedule import beta_at, learning_rate_at

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from vae_dist.data.order import EpochOrder, OrderSpec, mix, permute
-from vae_dist.data.windows import EpochWindows, WindowKey
+from vae_dist.data.stream.order import EpochOrder, OrderSpec, mix, permute
+from vae_dist.data.stream.windows import EpochWindows, WindowKey
 
 HASH = hashlib.sha256(b"a manifest").hexdigest()
 

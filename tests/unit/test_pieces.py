@@ -18,9 +18,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import lines as lines_module
-from vae_dist.data.pieces import Piece, pack
-from vae_dist.data.sources import Source, open_source
+from vae_dist.data.source import lines as lines_module
+from vae_dist.data.source.pieces import Piece, pack
+from vae_dist.data.source.sources import Source, open_source
 from vae_dist.errors import DataError
 
 Read = list[tuple[str | None, str]]

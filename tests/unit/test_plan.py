@@ -9,9 +9,9 @@ import pytest
 
 from vae_dist.config.load import load_config
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.prepare import prepare
-from vae_dist.data.training_data import open_training_data, order_spec
+from vae_dist.data.prepare.prepare import prepare
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.stream.training_data import open_training_data, order_spec
 from vae_dist.engine.plan import RunPlan, claim_run_dir, plan_run
 from vae_dist.errors import CheckpointError, DataError
 

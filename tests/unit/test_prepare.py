@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import encode, lines, making
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.lengths import fit_lengths
-from vae_dist.data.prepare import prepare, prepare_cached
-from vae_dist.data.sequences import Sequences
-from vae_dist.data.sources import split_of
-from vae_dist.data.split import Split
+from vae_dist.data.prepare import encode, making
+from vae_dist.data.prepare.lengths import fit_lengths
+from vae_dist.data.prepare.prepare import prepare, prepare_cached
+from vae_dist.data.source import lines
+from vae_dist.data.source.sources import split_of
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.store.sequences import Sequences
+from vae_dist.data.store.split import Split
 from vae_dist.errors import DataError, MachineError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,8 @@ MIB = 2**20
 SCRIPT = """
 import json, resource, sys
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import deduplicate
-from vae_dist.data.prepare import prepare
+from vae_dist.data.prepare import deduplicate
+from vae_dist.data.prepare.prepare import prepare
 
 # So small that the small corpus fills them.
 deduplicate._RUN_KEYS = deduplicate._BUCKET_KEYS = 2**16
@@ -59,7 +59,7 @@ def write_corpus(path: Path, size: int, seed: int) -> int:
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, deduplicate: str, allowed: int) -> None:
     """The large corpus is twenty times what memory may grow by."""
     from vae_dist.config.schema import PrepareConfig
-    from vae_dist.data.prepare import train_tokenizer
+    from vae_dist.data.prepare.prepare import train_tokenizer
 
     write_corpus(tmp_path / "small.txt", 48 * MIB, seed=1)
     lines = write_corpus(tmp_path / "large.txt", 20 * allowed, seed=1)

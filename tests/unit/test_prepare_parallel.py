@@ -16,11 +16,11 @@ from pyarrow import fs
 from support import corpus
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import sampling
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.filesystem import resolve
-from vae_dist.data.prepare import prepare, prepare_cached
-from vae_dist.data.tasks import run_here
+from vae_dist.data.prepare import sampling
+from vae_dist.data.prepare.prepare import prepare, prepare_cached
+from vae_dist.data.prepare.tasks import run_here
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.store.filesystem import resolve
 from vae_dist.errors import DataError, MachineError
 from vae_dist.launch.prepare import executor, has_cluster, run_in_processes
 

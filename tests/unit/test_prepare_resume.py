@@ -15,9 +15,9 @@ import pytest
 from support import ROOT, corpus, wait_for
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.claim import MARKER, WORK
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.prepare import prepare
+from vae_dist.data.prepare.claim import MARKER, WORK
+from vae_dist.data.prepare.prepare import prepare
+from vae_dist.data.store.dataset import Dataset
 from vae_dist.errors import DataError, MachineError
 
 GROUP_BYTES = 30_000
@@ -26,7 +26,7 @@ OPTIONS = PrepareConfig(deduplicate="exact", max_tokens=16, member_sequences=100
 SCRIPT = """
 import sys, time
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.prepare import prepare
+from vae_dist.data.prepare.prepare import prepare
 from vae_dist.launch.prepare import run_in_processes
 
 source, out, options, stage, tasks, workers = sys.argv[1:]

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import lines
-from vae_dist.data.line_batches import line_batches
-from vae_dist.data.sampling import Smallest
-from vae_dist.data.sources import open_source, split_of
-from vae_dist.data.texts import SPLITS, batches_of
+from vae_dist.data.prepare.sampling import Smallest
+from vae_dist.data.prepare.texts import SPLITS, batches_of
+from vae_dist.data.source import lines
+from vae_dist.data.source.line_batches import line_batches
+from vae_dist.data.source.sources import open_source, split_of
 from vae_dist.errors import DataError
 
 

@@ -12,7 +12,7 @@ import pytest
 from support import corpus
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.prepare import prepare
+from vae_dist.data.prepare.prepare import prepare
 from vae_dist.observe import preparing
 from vae_dist.observe.preparing import Bar, Lines, Rate, show_preparing
 

@@ -16,9 +16,9 @@ from vae_dist.cli import main
 from vae_dist.config.load import dump_yaml, load_config, validate_section
 from vae_dist.config.recipes import RECIPES
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.prepare import prepare
-from vae_dist.data.sources import open_source
-from vae_dist.data.wikitext import heading_level, sentences
+from vae_dist.data.prepare.prepare import prepare
+from vae_dist.data.source.sources import open_source
+from vae_dist.data.source.wikitext import heading_level, sentences
 from vae_dist.errors import ConfigError
 
 

@@ -13,11 +13,11 @@ from small_data import all_rows, change_member, entries_of, some_rows, word_toke
 
 from vae_dist.cli import main
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import rewrite
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.lint import lint
-from vae_dist.data.prepare import prepare
-from vae_dist.data.rewrite import merge, split
+from vae_dist.data.prepare import rewrite
+from vae_dist.data.prepare.prepare import prepare
+from vae_dist.data.prepare.rewrite import merge, split
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.store.lint import lint
 from vae_dist.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")

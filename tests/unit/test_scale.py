@@ -14,12 +14,12 @@ from scipy import stats
 
 from vae_dist.config.load import load_config
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.order import EpochOrder, OrderSpec
-from vae_dist.data.prepare import prepare
-from vae_dist.data.shards import hash_file
-from vae_dist.data.training_data import order_spec
-from vae_dist.data.windows import EpochWindows, WindowKey
+from vae_dist.data.prepare.prepare import prepare
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.store.shards import hash_file
+from vae_dist.data.stream.order import EpochOrder, OrderSpec
+from vae_dist.data.stream.training_data import order_spec
+from vae_dist.data.stream.windows import EpochWindows, WindowKey
 
 RANKS = 16_384
 SHARDS, MEMBERS_PER_SHARD = 1_000_000, 2

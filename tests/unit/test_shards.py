@@ -10,8 +10,16 @@ import pyarrow as pa
 import pytest
 import webdataset
 
-from vae_dist.data.sequences import Sequences
-from vae_dist.data.shards import Decoder, MemberEntry, ShardEntry, build_shard, hash_file, payload_schema, token_type
+from vae_dist.data.store.sequences import Sequences
+from vae_dist.data.store.shards import (
+    Decoder,
+    MemberEntry,
+    ShardEntry,
+    build_shard,
+    hash_file,
+    payload_schema,
+    token_type,
+)
 from vae_dist.errors import DataError
 
 SCHEMA = payload_schema(1000, "tokenizer-hash")

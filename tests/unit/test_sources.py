@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data import lines
-from vae_dist.data.sources import open_source
+from vae_dist.data.source import lines
+from vae_dist.data.source.sources import open_source
 from vae_dist.errors import DataError
 
 

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from support import wait_for
 
 from vae_dist.config.schema import DataConfig, PrepareConfig
-from vae_dist.data.batch import Share, collate, micro_batches
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.order import OrderSpec
-from vae_dist.data.pipeline import batch_pipeline
-from vae_dist.data.prepare import prepare
-from vae_dist.data.sequences import Sequences
-from vae_dist.data.special_ids import EOS_ID, PAD_ID
-from vae_dist.data.split import Split
-from vae_dist.data.stream import Stream, gather
-from vae_dist.data.windows import EpochWindows
+from vae_dist.data.prepare.prepare import prepare
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.store.sequences import Sequences
+from vae_dist.data.store.split import Split
+from vae_dist.data.stream.batch import Share, collate, micro_batches
+from vae_dist.data.stream.order import OrderSpec
+from vae_dist.data.stream.pipeline import batch_pipeline
+from vae_dist.data.stream.stream import Stream, gather
+from vae_dist.data.stream.windows import EpochWindows
+from vae_dist.data.text.special_ids import EOS_ID, PAD_ID
 from vae_dist.errors import DataError
 
 OPTIONS = PrepareConfig(

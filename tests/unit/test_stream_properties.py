@@ -8,11 +8,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vae_dist.data.batch import Share
-from vae_dist.data.order import OrderSpec
-from vae_dist.data.sequences import Sequences
-from vae_dist.data.stream import Stream
-from vae_dist.data.windows import EpochWindows, MixtureWindows, Windows
+from vae_dist.data.store.sequences import Sequences
+from vae_dist.data.stream.batch import Share
+from vae_dist.data.stream.order import OrderSpec
+from vae_dist.data.stream.stream import Stream
+from vae_dist.data.stream.windows import EpochWindows, MixtureWindows, Windows
 
 BASE = 10**6
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.tokenizer import Tokenizer, build_tokenizer, lowercase
+from vae_dist.data.text.tokenizer import Tokenizer, build_tokenizer, lowercase
 from vae_dist.errors import DataError
 
 WORDS = ["b b a", "a <unk> c", "c d <pad> </s>", "<s> B"]

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vae_dist.data import unigram as module
-from vae_dist.data.unigram import train_unigram
+from vae_dist.data.text import unigram as module
+from vae_dist.data.text.unigram import train_unigram
 
 ROOT = Path(__file__).parents[2]
 ALPHABET = ["a", "b", "c"]
@@ -87,7 +87,7 @@ def test_the_order_of_the_words_does_not_matter() -> None:
 def test_the_same_bytes_from_every_process_and_number_of_threads() -> None:
     script = (
         "import random\nfrom vae_dist.config.schema import PrepareConfig\n"
-        "from vae_dist.data.tokenizer import build_tokenizer\n"
+        "from vae_dist.data.text.tokenizer import build_tokenizer\n"
         "draw = random.Random(0)\n"
         "words = [''.join(draw.choices('abcdé', k=draw.randint(1, 9))) for _ in range(4000)]\n"
         "texts = [' '.join(words[i : i + 9]) for i in range(0, 4000, 9)]\n"

@@ -102,7 +102,7 @@ class DataConfig(Section):
     fewer where a stream's window would hold more than 16 million tokens."""
     shuffle_block_sequences: Positive | None = None
     """Neighbouring sequences kept together by the first level of the shuffle, one sequential read; null: one tar
-    member, less where the corpus is small, several where it is large (see `data/training_data.py`)."""
+    member, less where the corpus is small, several where it is large (see `data/stream/training_data.py`)."""
     shuffle_window_sequences: Positive | None = None
     """Sequences over which the second level of the shuffle permutes within a stream; null: about 4 million tokens."""
     damage: Literal["fail", "skip"] = "fail"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vae_dist.data.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from vae_dist.data.text.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from vae_dist.model.vae import TextVAE
 from vae_kernels import gaussian_rsample_kl, philox_uniform
 

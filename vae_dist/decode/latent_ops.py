@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vae_dist.data.batch import Batch, collate
-from vae_dist.data.sequences import Sequences
-from vae_dist.data.tokenizer import Tokenizer
+from vae_dist.data.store.sequences import Sequences
+from vae_dist.data.stream.batch import Batch, collate
+from vae_dist.data.text.tokenizer import Tokenizer
 from vae_dist.decode.generate import Decoding, Generated, generate, prior_latents
 from vae_dist.errors import DataError
 from vae_dist.model.vae import TextVAE

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vae_dist.data.shards import hash_file
+from vae_dist.data.store.shards import hash_file
 from vae_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

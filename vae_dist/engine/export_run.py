@@ -10,7 +10,7 @@ import torch
 
 from vae_dist.config.load import load_config
 from vae_dist.config.schema import ModelConfig
-from vae_dist.data.dataset import Dataset
+from vae_dist.data.store.dataset import Dataset
 from vae_dist.engine.checkpoint_files import Progress, newest_whole, read_progress, read_states
 from vae_dist.errors import ModelError
 from vae_dist.export.model_dir import copy_model, find_model_dir, load_model, write_model

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from vae_dist.config.load import dump_yaml
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.sequences import Sequences
-from vae_dist.data.special_ids import BOS_ID, PAD_ID
-from vae_dist.data.split import Split
-from vae_dist.data.training_data import training_split
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.store.sequences import Sequences
+from vae_dist.data.store.split import Split
+from vae_dist.data.stream.training_data import training_split
+from vae_dist.data.text.special_ids import BOS_ID, PAD_ID
 from vae_dist.decode.generate import Decoding
 from vae_dist.decode.latent_ops import TextModel
 from vae_dist.engine.checkpoint_files import Progress

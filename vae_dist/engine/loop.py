@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from vae_dist.config.schema import Config
-from vae_dist.data.dataset import Dataset
-from vae_dist.data.stream import Stream
-from vae_dist.data.training_data import TrainingData, open_training_data
+from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.stream.stream import Stream
+from vae_dist.data.stream.training_data import TrainingData, open_training_data
 from vae_dist.engine.checkpoint import Loaded, load_newest, save_checkpoint
 from vae_dist.engine.checkpoint_files import Progress
 from vae_dist.engine.plan import RunPlan

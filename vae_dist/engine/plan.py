@@ -13,7 +13,7 @@ from typing import Any
 
 from vae_dist.config.load import canonical_json, dump_yaml
 from vae_dist.config.schema import RESULT_SECTIONS, Config
-from vae_dist.data.training_data import TrainingData
+from vae_dist.data.stream.training_data import TrainingData
 from vae_dist.errors import CheckpointError, DataError
 
 _REPORTS_PER_RUN = 10

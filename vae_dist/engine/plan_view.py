@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vae_dist.config.load import dump_yaml
-from vae_dist.data.training_data import TrainingData
+from vae_dist.data.stream.training_data import TrainingData
 from vae_dist.engine.plan import RunPlan
 from vae_dist.model.vae import TextVAE, count_parameters
 from vae_dist.objective.schedule import beta_at, learning_rate_at

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from vae_dist.config.schema import Config
-from vae_dist.data.batch import Batch, Share, collate, micro_batches
-from vae_dist.data.order import mix
+from vae_dist.data.stream.batch import Batch, Share, collate, micro_batches
+from vae_dist.data.stream.order import mix
 from vae_dist.engine.zero import set_learning_rate
 from vae_dist.objective.elbo import ElboTerms, loss_scale
 from vae_dist.objective.schedule import beta_at, learning_rate_at

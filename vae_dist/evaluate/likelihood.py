@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vae_dist.data.batch import Batch, collate
-from vae_dist.data.order import mix, permute
-from vae_dist.data.split import Split
-from vae_dist.data.stream import gather
+from vae_dist.data.store.split import Split
+from vae_dist.data.stream.batch import Batch, collate
+from vae_dist.data.stream.order import mix, permute
+from vae_dist.data.stream.stream import gather
 from vae_dist.evaluate.latent import active_units, kl_per_dim, mutual_information
 from vae_dist.model.vae import TextVAE
 

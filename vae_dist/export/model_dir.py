@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vae_dist.config.schema import ModelConfig
-from vae_dist.data.tokenizer import Tokenizer
+from vae_dist.data.text.tokenizer import Tokenizer
 from vae_dist.errors import DataError, ModelError
 from vae_dist.model.vae import TextVAE
 

@@ -1,6 +1,6 @@
 """Where the tasks of a prepare run: on the Ray cluster if there is one, else in processes of this machine.
 
-Both give what `vae_dist.data.tasks.run_here` gives. A list of one task is always run in this process, with the
+Both give what `vae_dist.data.prepare.tasks.run_here` gives. A list of one task is always run in this process, with the
 tokenizer's own threads: a small corpus pays neither for processes nor for a cluster.
 """
 
@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any
 
-from vae_dist.data.tasks import Item, Result, Run, run_here
+from vae_dist.data.prepare.tasks import Item, Result, Run, run_here
 from vae_dist.errors import MachineError, VaeDistError
 
 # More blocks cost Ray's scheduler more than they gain.
@@ -61,7 +61,7 @@ def run_in_processes(workers: int, function: Callable[[Item], Result], items: Se
     # Forked from a clean process: this one may hold threads and locks.
     context = multiprocessing.get_context("forkserver")
     # Shards are written with webdataset, which takes seconds to import: once is enough.
-    context.set_forkserver_preload(["vae_dist.data.making", "webdataset"])
+    context.set_forkserver_preload(["vae_dist.data.prepare.making", "webdataset"])
     pool = ProcessPoolExecutor(processes, context, _enter_process, (dict(os.environ), max(1, workers // processes)))
     waiting = iter(items)
     running: set[Future[Result]] = set()

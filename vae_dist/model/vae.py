@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vae_dist.config.schema import LstmConfig, ModelConfig, TransformerConfig
-from vae_dist.data.batch import Batch
-from vae_dist.data.special_ids import BOS_ID, PAD_ID, UNK_ID
+from vae_dist.data.stream.batch import Batch
+from vae_dist.data.text.special_ids import BOS_ID, PAD_ID, UNK_ID
 from vae_dist.model.lstm import LstmDecoder, LstmEncoder
 from vae_dist.model.transformer import TransformerDecoder, TransformerEncoder
 from vae_kernels import GaussianSample, gaussian_rsample_kl, linear_cross_entropy, philox_uniform

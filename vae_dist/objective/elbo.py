@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from vae_dist.data.batch import Batch
+from vae_dist.data.stream.batch import Batch
 from vae_dist.model.vae import TextVAE, VaeOutput
 
 

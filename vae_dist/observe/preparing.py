@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vae_dist.observe.progress import format_seconds
 
 if TYPE_CHECKING:
-    from vae_dist.data.tasks import Progress
+    from vae_dist.data.prepare.tasks import Progress
 
 logger = logging.getLogger(__name__)
 

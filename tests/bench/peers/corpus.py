@@ -33,7 +33,7 @@ def make_corpus(data: Path, cache: Path, tokens: int) -> Path:
     Raises:
         FileNotFoundError: `data` lacks the two corpora.
     """
-    from vae_dist.data.shards import FORMAT_VERSION
+    from vae_dist.data.store.shards import FORMAT_VERSION
 
     lines = [line for line in map(str.strip, _lines(data)) if line]
     once = sum(len(line.split()) + 1 for line in lines)
@@ -71,7 +71,7 @@ def _lines(data: Path) -> list[str]:
 
 def _write(folder: Path, lines: list[str], copies: int) -> None:
     from vae_dist.config.schema import PrepareConfig
-    from vae_dist.data.prepare import prepare
+    from vae_dist.data.prepare.prepare import prepare
 
     (folder / "corpus").mkdir()
     order = list(range(len(lines)))

@@ -8,8 +8,8 @@ from peers.contract import Epoch, Setting
 from peers.padding import Padded
 
 from vae_dist.config.schema import Config, TrainConfig
-from vae_dist.data.batch import micro_batches
-from vae_dist.data.training_data import open_training_data
+from vae_dist.data.stream.batch import micro_batches
+from vae_dist.data.stream.training_data import open_training_data
 
 
 def open_ours(setting: Setting) -> Epoch:
