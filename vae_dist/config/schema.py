@@ -88,7 +88,7 @@ class DataConfig(Section):
     """Which data, and the order in which training reads it."""
 
     source: str = "docstrings"
-    """`docstrings`, or a file, directory or URL of text, JSONL or Parquet; prepared once and cached."""
+    """`docstrings`, or a file, directory or URL of text in any of the formats of `prepare`; prepared once and cached."""
     dir: str | None = None
     """A data set directory made by `vae-dist data prepare`; when given, `source` is not read."""
     mixture: Annotated[dict[str, Annotated[float, Field(gt=0.0)]], Field(min_length=1)] | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from vae_dist.data.prepare.encode import Block, _Sink, block_file, token_dtype
+from vae_dist.data.prepare.encode import Block, BlockWriter, block_file, token_dtype
 from vae_dist.data.prepare.texts import SPLITS
 from vae_dist.data.prepare.work import Folder, Record
 from vae_dist.data.store.dataset import Dataset
@@ -54,7 +54,7 @@ class Collect:
         """
         dataset = Dataset.open(address)
         with self.work.writing(block_file(number)) as stream:
-            sink = _Sink(stream, token_dtype(self.vocab_size))
+            sink = BlockWriter(stream, token_dtype(self.vocab_size))
             writers = {name: _Writer(sink) for name in SPLITS}
             # What is moved stands behind what is there, so the training split comes last.
             for name in sorted(dataset.splits, key=lambda name: name == "train"):
@@ -119,7 +119,7 @@ class _Renumber:
 class _Writer:
     """A split's blocks and counts in one group while they grow."""
 
-    def __init__(self, sink: _Sink) -> None:
+    def __init__(self, sink: BlockWriter) -> None:
         self.texts = self._unknown_tokens = self._held_tokens = 0
         self._sink = sink
         self._lengths: Counter[int] = Counter()

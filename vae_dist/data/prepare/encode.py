@@ -64,7 +64,7 @@ class Encode:
         counts: Counter[str] = Counter()
         dropped = self.drops.of_group(number) if self.drops else None
         with self.work.writing(block_file(number)) as stream:
-            sink = _Sink(stream, token_dtype(tokenizer.vocab_size))
+            sink = BlockWriter(stream, token_dtype(tokenizer.vocab_size))
             options = self.source.options
             writers = {name: _SplitWriter(sink, options.max_tokens, options.too_long) for name in SPLITS}
             for batch in batches_of(self.source, pieces, counts, dropped):
@@ -126,7 +126,7 @@ def _encoded(tokenizer: Tokenizer, texts: list[str]) -> Sequences:
     return Sequences(tokens, np.concatenate([[0], np.cumsum(lengths)]))
 
 
-class _Sink:
+class BlockWriter:
     """Appends arrays to a work file."""
 
     def __init__(self, stream: BinaryIO, dtype: np.dtype) -> None:
@@ -147,7 +147,7 @@ class _Sink:
 class _SplitWriter:
     """A split's blocks and counts in one group while they grow."""
 
-    def __init__(self, sink: _Sink, max_tokens: int, policy: str) -> None:
+    def __init__(self, sink: BlockWriter, max_tokens: int, policy: str) -> None:
         self._sink, self._max_tokens, self._policy = sink, max_tokens, policy
         self.texts = self._unknown_tokens = self._too_long = self._held_tokens = 0
         self._lengths: Counter[int] = Counter()

@@ -31,6 +31,8 @@ from vae_dist.data.store.split import Damage, Split
 from vae_dist.data.text.tokenizer import Tokenizer
 from vae_dist.errors import DataError
 
+# What arrives with another hash than it should have is fetched once more.
+_TRANSFERS = 2
 _PREPARE_HINT = "Make one with `vae-dist data prepare SOURCE OUT`."
 RESTORE = "Restore it from a copy, or delete the data set and prepare it again."
 _MANIFEST_KEYS = ("format_version", "tokenizer_sha256", "vocab_size", "splits", "index_xxh3", "shards_xxh3")
@@ -119,12 +121,22 @@ def read_manifest(filesystem: fs.FileSystem, inner: str, path: str) -> bytes:
     try:
         return b"".join(RangeReader(filesystem, inner).chunks("manifest.json"))
     except (FileNotFoundError, NotADirectoryError):
-        if filesystem.get_file_info(inner).type == fs.FileType.NotFound:
+        if not _is_there(RangeReader(filesystem, inner)):
             raise DataError(f"There is no data set directory {path}. {_PREPARE_HINT}") from None
         raise DataError(
             f"{path} has no manifest.json, so it is no finished data set: a prepare that was interrupted leaves "
             f"none. {_PREPARE_HINT}"
         ) from None
+
+
+def _is_there(reader: RangeReader) -> bool:
+    """Whether a directory, or a file in its place, is there; in object stores only what holds something is."""
+    try:
+        return bool(reader.sizes()) or not reader.is_remote
+    except NotADirectoryError:
+        return True
+    except FileNotFoundError:
+        return False
 
 
 def parse_manifest(raw: bytes, path: str) -> dict[str, Any]:
@@ -205,16 +217,17 @@ def _local(reader: RangeReader, name: str, expected: str, hashed: Callable[[Path
     folder = Path(tempfile.gettempdir()) / f"vae_dist-{os.getuid()}"
     folder.mkdir(exist_ok=True, mode=0o700)
     copy = folder / f"{expected}-{name}"
-    if copy.is_file() and hashed(copy) == expected:
-        return copy
     # Other workers of this machine may do the same at the same time.
     temporary = folder / f"{copy.name}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(reader.chunks(name))
-    except FileNotFoundError:
-        return Path(reader.root) / name
-    os.replace(temporary, copy)
+    for _ in range(_TRANSFERS):
+        if copy.is_file() and hashed(copy) == expected:
+            break
+        try:
+            with open(temporary, "wb") as file:
+                file.writelines(reader.chunks(name))
+        except FileNotFoundError:
+            return Path(reader.root) / name
+        os.replace(temporary, copy)
     return copy
 
 

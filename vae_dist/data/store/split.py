@@ -28,8 +28,8 @@ _COLUMNS = tuple(f.name for f in fields(MemberEntry))
 class Damage:
     """What becomes of sequences that cannot be read: an error, or they are left out, within a budget."""
 
-    def __init__(self, budget_sequences: int = 0) -> None:
-        """With a budget of 0 the first damage is the error that it is."""
+    def __init__(self, budget_sequences: int | None = None) -> None:
+        """Without a budget the first damage is the error that it is."""
         self._budget = budget_sequences
         self._members: dict[int, DataError] = {}
         self._left_out: set[int] = set()
@@ -39,9 +39,9 @@ class Damage:
         """Note what is wrong with a member.
 
         Raises:
-            DataError: it is `error`, when nothing may be left out.
+            DataError: it is `error`, when there is no budget.
         """
-        if self._budget == 0:
+        if self._budget is None:
             raise error
         with self._lock:
             is_news = member not in self._members
@@ -57,7 +57,7 @@ class Damage:
         """
         with self._lock:
             self._left_out.update(numbers.tolist())
-            if len(self._left_out) > self._budget:
+            if self._budget is not None and len(self._left_out) > self._budget:
                 *_, last = self._members.values()
                 raise DataError(
                     f"{last.message} With this, {len(self._left_out)} sequences would be skipped, more than the "

@@ -131,9 +131,11 @@ def _length_groups(config: Config, mean_tokens: float) -> int:
 
 def training_split(dataset: Dataset, config: Config, *, cache: RangeCache | None = None, workers: int = 1) -> Split:
     """The training split under the configuration's damage policy."""
+    if config.data.damage == "fail":
+        return dataset.split("train", cache=cache)
     sequences = dataset.manifest["splits"].get("train", {}).get("sequences", 0)
-    allowed = config.data.damage_budget_fraction * sequences / workers if config.data.damage == "skip" else 0
-    return dataset.split("train", damage=Damage(int(allowed)), cache=cache)
+    budget = int(config.data.damage_budget_fraction * sequences / workers)
+    return dataset.split("train", damage=Damage(budget), cache=cache)
 
 
 def _check_mixture(datasets: Sequence[Dataset], specs: Sequence[OrderSpec]) -> None:
