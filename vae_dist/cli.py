@@ -114,7 +114,7 @@ def tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
     from vae_dist.launch.prepare import executor
     from vae_dist.observe.preparing import show_preparing
 
-    out, run, progress = Path(args.out), executor(args.workers), show_preparing()
+    out, run, progress = _new_file(args.out), executor(args.workers), show_preparing()
     tokenizer = train_tokenizer(args.source, _prepare_options(args), out.parent, run=run, progress=progress)
     tokenizer.save(out)
     return {"path": str(out), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
@@ -251,7 +251,7 @@ def _add_data(commands: Any) -> None:
     one.add_argument("--first", type=int, help="number in the split; default: 0")
     one.add_argument("--shard", metavar="NAME", help="instead of --split: the sequences of this shard")
     one.add_argument("--index", type=int, help="with --shard: number in the shard; default: 0")
-    one.add_argument("--num", type=int, default=10)
+    one.add_argument("--num", type=_at_least(1), default=10)
     one = _command(data, "lint", data_lint, "read every shard in full and say what is wrong; status 1 when anything is")
     one.add_argument("dir", help="a data set directory or its URL")
     one = _command(data, "merge", data_merge, "one data set from several of the same tokenizer")
@@ -352,10 +352,26 @@ def _flag_type(annotation: Any) -> Any:
 
 
 def _prepare_options(args: argparse.Namespace) -> PrepareConfig:
+    from vae_dist.config.checks import fraction_problem
     from vae_dist.config.load import validate_section
 
     given = {name: getattr(args, name) for name in PrepareConfig.model_fields if hasattr(args, name)}
-    return validate_section(PrepareConfig, given)
+    options = validate_section(PrepareConfig, given)
+    if problem := fraction_problem(options):
+        raise ConfigError(problem)
+    return options
+
+
+def _new_file(text: str) -> Path:
+    """A path that a file may be written to without replacing anything."""
+    path = Path(text).expanduser().absolute()
+    if not text or "://" in text:
+        raise ConfigError(f"{text!r} is no local file. Give a path.")
+    if path.exists():
+        raise ConfigError(f"{path} exists. Choose another name, or delete it.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path.parent} is no directory. Make it, or choose another one.")
+    return path
 
 
 if __name__ == "__main__":

@@ -158,3 +158,55 @@ def test_model_of_another_tokenizer_is_refused(
     text.write_text("\n".join(f"other words {i}" for i in range(100)), encoding="utf-8")
     result(capsys, "data", "prepare", str(text), str(tmp_path / "other"), "--tokenizer", "word")
     assert "another tokenizer" in refusal(capsys, "eval", str(model_dir), str(tmp_path / "other"))
+
+
+def test_a_tokenizer_replaces_no_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = tmp_path / "corpus.txt"
+    text.write_text("some words to learn\n" * 9, encoding="utf-8")
+    before = text.read_bytes()
+    for out, reason in (
+        (str(text), "exists"),
+        (str(tmp_path), "exists"),
+        (str(text / "tokenizer.json"), "is no directory"),
+        ("", "is no local file"),
+        ("s3://bucket/tokenizer.json", "is no local file"),
+    ):
+        assert reason in refusal(capsys, "tokenizer", "train", str(text), out, "--tokenizer", "word")
+    assert text.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+
+
+@pytest.mark.parametrize("name", ["", "s3://"])
+def test_an_address_that_names_nothing_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    for command in (["data", "prepare", name, str(tmp_path / "out")], ["data", "info", name], ["data", "lint", name]):
+        assert "names no file or directory" in refusal(capsys, *command)
+
+
+def test_fractions_that_leave_nothing_are_refused_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = ["--valid-fraction", "0.5", "--test-fraction", "0.5"]
+    message = refusal(capsys, "data", "prepare", str(tmp_path / "nowhere"), str(tmp_path / "out"), *flags)
+    assert "valid_fraction + test_fraction = 1 leaves nothing to train on" in message
+
+
+def test_mixtures_that_cannot_be_are_refused(
+    capsys: pytest.CaptureFixture[str], dataset_dir: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    text = tmp_path / "corpus.txt"
+    text.write_text("".join(f"the old sailor {i}\n" for i in range(200)), encoding="utf-8")
+    tokenizer = ["--tokenizer", str(dataset_dir / "tokenizer.json"), "--max-tokens", "16"]
+    result(capsys, "data", "prepare", str(text), str(other), *tokenizer)
+    for mixture, reason in (
+        (f"{{{dataset_dir}: 1, {dataset_dir}/: 2}}", "twice"),
+        (f"{{{dataset_dir}: 1.0e+300, {other}: 1.0e-300}}", "less than one sequence in a billion"),
+        (f"{{{dataset_dir}: 0, {other}: 1}}", "greater than 0"),
+        (f'{{"": 1, {other}: 1}}', "at least 1 character"),
+    ):
+        assert reason in refusal(capsys, "plan", f"data.mixture={mixture}")
+    both = f"data.mixture={{{dataset_dir}: 1.5e+308, {other}: 1.5e+308}}"
+    assert result(capsys, "plan", both)["steps"] > 0
+    assert "two answers" in refusal(capsys, "plan", both, f"data.dir={other}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vae_dist.config.schema import Config, TransformerConfig
+from vae_dist.config.schema import Config, PrepareConfig, TransformerConfig
 
 # Records that files of a format can be cut into; the texts of all other formats are whole.
 _RECORDS_OF_FORMAT = {"text": ("line", "paragraph", "sentence"), "wikitext": ("line", "sentence", "document")}
@@ -47,13 +47,26 @@ def worker_problem(workers: int, streams: int) -> str | None:
     )
 
 
+def fraction_problem(prepare: PrepareConfig) -> str | None:
+    """Why the fractions that are held out cannot be, or None."""
+    held_out = prepare.valid_fraction + prepare.test_fraction
+    if held_out < 1.0:
+        return None
+    return (
+        f"prepare.valid_fraction + test_fraction = {held_out:g} leaves nothing to train on. Make their sum smaller "
+        "than 1."
+    )
+
+
 def _data_problems(config: Config) -> list[str]:
     problems = []
     prepare = config.data.prepare
-    if prepare.valid_fraction + prepare.test_fraction >= 1.0:
+    problem = fraction_problem(prepare)
+    problems += [f"data.{problem}"] if problem else []
+    if config.data.dir is not None and config.data.mixture is not None:
         problems.append(
-            f"data.prepare.valid_fraction + test_fraction = {prepare.valid_fraction + prepare.test_fraction:g} "
-            "leaves nothing to train on. Make their sum smaller than 1."
+            f"data.dir = {config.data.dir} and data.mixture are two answers to what is trained on. Give one; in a "
+            "mixture the first data set is the one that is validated on."
         )
     # What `auto` and `docstrings` stand for is known when the source is opened.
     if config.data.dir is None and config.data.mixture is None and prepare.format not in ("auto", "docstrings"):

@@ -15,6 +15,7 @@ from vae_dist.config.recipes import RECIPES
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
 
@@ -53,7 +54,7 @@ class PrepareConfig(Section):
     """Put a space for punctuation and ASCII symbols, nothing for an apostrophe between letters; <unk> is kept."""
     strip_digits: bool = False
     """Put a space for decimal digits. After either, white space is collapsed."""
-    tokenizer: str = "bpe"
+    tokenizer: Name = "bpe"
     """`bpe` or `unigram` (byte-level, any text), `word`, or the path of a Hugging Face tokenizer.json."""
     pre_tokenizer: Literal["whitespace", "words"] = "whitespace"
     """Word tokenizer: split at white space only (text that is tokenised already), or also around punctuation."""
@@ -87,13 +88,13 @@ class PrepareConfig(Section):
 class DataConfig(Section):
     """Which data, and the order in which training reads it."""
 
-    source: str = "docstrings"
-    """`docstrings`, or a file, directory or URL of text in any of the formats of `prepare`; prepared once and cached."""
-    dir: str | None = None
+    source: Name = "docstrings"
+    """`docstrings`, or a file, directory or URL in any of the formats of `prepare`; prepared once and cached."""
+    dir: Name | None = None
     """A data set directory made by `vae-dist data prepare`; when given, `source` is not read."""
-    mixture: Annotated[dict[str, Annotated[float, Field(gt=0.0)]], Field(min_length=1)] | None = None
+    mixture: Annotated[dict[Name, Annotated[float, Field(gt=0.0)]], Field(min_length=1)] | None = None
     """Data set directories of one tokenizer and their weights, as shares of sequences: {a: 0.7, b: 0.3}. The first
-    is the one that is validated on. When given, neither `source` nor `dir` is read."""
+    is the one that is validated on. When given, `source` is not read."""
     prepare: PrepareConfig = PrepareConfig()
     streams: Positive = 8
     """Canonical streams S: the number of workers must divide it and it must divide the global batch."""

@@ -78,6 +78,8 @@ def report(dataset: Dataset) -> Dataset:
         parts.append(f"{100 * facts['unknown_tokens'] / facts['tokens']:.2f} % unknown")
         parts += [f"{facts[key]:,} {key}" for key in ("truncated", "dropped", "split") if facts[key]]
         logger.info("%s: %s", name, ", ".join(parts))
+    if "valid" not in dataset.splits:
+        logger.info("no validation sequences: nothing will be validated on; --valid-fraction holds some out")
     return dataset
 
 

@@ -28,8 +28,10 @@ def resolve(address: str | Path, *, store_attempts: int = 3) -> tuple[fs.FileSys
         DataError: nobody knows the scheme, or its package is not installed.
     """
     text = str(address)
+    if not text or text.endswith("://"):
+        raise DataError(f"{text!r} names no file or directory. Give a path or a whole URL.")
     if "://" not in text:
-        return fs.LocalFileSystem(), str(Path(text).absolute())
+        return fs.LocalFileSystem(), str(Path(text).expanduser().absolute())
     try:
         filesystem, inner = fs.FileSystem.from_uri(text)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

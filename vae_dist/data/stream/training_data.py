@@ -19,6 +19,7 @@ from vae_dist.errors import DataError
 # The shuffle's sizes where the configuration leaves them open.
 _FEWEST_BLOCKS, _BLOCKS, _BLOCK_TOKENS = 16, 256, 2**16
 _WINDOW_TOKENS = 2**22
+_SMALLEST_SHARE = 1e-9
 _LENGTH_GROUPS, _LENGTH_WINDOW_TOKENS = 1024, 2**24
 
 
@@ -88,7 +89,7 @@ def open_training_data(
         return TrainingData(datasets, splits, EpochWindows(specs[0]), datasets[0].manifest_hash)
     # The windows of a mixture are those of its first data set.
     specs = [dataclasses.replace(spec, length_groups=specs[0].length_groups) for spec in specs]
-    _check_mixture(datasets, specs)
+    _check_mixture(datasets, specs, list(data.mixture.values()))
     together = hashlib.sha256("".join(each.manifest_hash for each in datasets).encode()).hexdigest()
     return TrainingData(datasets, splits, MixtureWindows(specs, list(data.mixture.values())), together)
 
@@ -138,9 +139,19 @@ def training_split(dataset: Dataset, config: Config, *, cache: RangeCache | None
     return dataset.split("train", damage=Damage(budget), cache=cache)
 
 
-def _check_mixture(datasets: Sequence[Dataset], specs: Sequence[OrderSpec]) -> None:
+def _check_mixture(datasets: Sequence[Dataset], specs: Sequence[OrderSpec], weights: Sequence[float]) -> None:
     streams = specs[0].streams
-    for dataset, spec in zip(datasets, specs, strict=True):
+    for number, (dataset, spec, weight) in enumerate(zip(datasets, specs, weights, strict=True)):
+        if weight < max(weights) * _SMALLEST_SHARE:
+            raise DataError(
+                f"data.mixture gives {dataset.path} a weight of {weight:g} beside one of {max(weights):g}: less than "
+                "one sequence in a billion. Raise it or leave the data set out."
+            )
+        if dataset.manifest_hash in (other.manifest_hash for other in datasets[:number]):
+            raise DataError(
+                f"data.mixture names the data set {dataset.path} twice, perhaps by a copy. Give it once, with the sum "
+                "of the weights."
+            )
         if spec.sequences < streams:
             raise DataError(
                 f"{dataset.path} has {spec.sequences} training sequences, too few for data.streams = {streams} in a "

@@ -137,8 +137,9 @@ class MixtureWindows:
         self.specs = tuple(specs)
         self._spec = specs[0]
         self._length_window = self._spec.length_groups * self._spec.group_sequences
-        total = sum(weights)
-        self._units = [round(weight / total * 2**_WEIGHT_BITS) for weight in weights]
+        # By the largest first: weights of any size, whose sum may be beyond a float.
+        relative = [weight / max(weights) for weight in weights]
+        self._units = [round(weight / sum(relative) * 2**_WEIGHT_BITS) for weight in relative]
         self._rest = max(range(len(weights)), key=lambda i: weights[i])
         self._key = mix(*(int(spec.manifest_hash[:16], 16) for spec in specs), self._spec.seed)
         # What rounding takes from the largest must be there.
