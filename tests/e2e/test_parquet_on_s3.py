@@ -50,6 +50,6 @@ def test_prepare_lint_and_train_from_a_bucket(s3_port: int, tmp_path: Path) -> N
     trained = vae_dist("train", *settings, "train.steps=20", "run.name=s3").json
     assert trained["steps"] == 20
     assert trained["valid"]["ppl"] > 1
-    assert sum(path.stat().st_size for path in cache.iterdir()) > 50_000
+    assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) > 50_000
     assert "testing" not in (tmp_path / "s3" / "resolved.yaml").read_text()
     assert os.listdir(tmp_path / "s3" / "model")
