@@ -12,19 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import SHARED_DATA, Finished, RayCluster, answers, corpus, free_port, run_command, wait_for
+from support import Finished, RayCluster, answers, corpus, free_port, run_command, shared_corpus, wait_for
 
 
 @pytest.fixture(scope="session")
 def ptb() -> Path:
     """The PTB files, where this machine has them."""
-    path = SHARED_DATA / "ptb"
-    if not path.is_dir():
-        message = f"PTB is not at {path} (set VAE_DIST_DATA)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    return path
+    return shared_corpus("ptb")
 
 
 @pytest.fixture(scope="session")

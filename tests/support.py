@@ -34,6 +34,25 @@ def corpus(repeats: int = 1) -> list[str]:
     return [sentences[i * 1009 % len(sentences)] for i in range(len(sentences))] * repeats
 
 
+def write_repeated_corpus(folder: Path, repeated: int) -> str:
+    """A file of `corpus()` with the first `repeated` sentences once more at its end."""
+    lines = corpus()
+    path = folder / "corpus.txt"
+    path.write_text("\n".join([*lines, *lines[:repeated]]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def shared_corpus(name: str) -> Path:
+    """A folder or file of the real corpora, where this machine has it; a test that wants it skips, or fails in CI."""
+    path = SHARED_DATA / name
+    if not path.exists():
+        message = f"{name} is not at {path} (set VAE_DIST_DATA)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
 @dataclass(frozen=True)
 class Finished:
     """A process that has ended."""

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import Finished, RayCluster, corpus, run_command
+from support import Finished, RayCluster, run_command, write_repeated_corpus
 
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.prepare.prepare import prepare
@@ -33,10 +33,7 @@ print(ray.is_initialized())
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     """4,500 sentences, the first half twice."""
-    path = tmp_path_factory.mktemp("source") / "corpus.txt"
-    lines = corpus()
-    path.write_text("\n".join([*lines, *lines[:2000]]) + "\n", encoding="utf-8")
-    return str(path)
+    return write_repeated_corpus(tmp_path_factory.mktemp("source"), 2000)
 
 
 def on_ray(cluster: RayCluster, source: str, out: Path, options: PrepareConfig) -> Finished:

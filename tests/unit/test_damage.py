@@ -69,7 +69,7 @@ def epoch(data: TrainingData, world_size: int = 1) -> Epoch:
 def stream_error(folder: Path) -> str:
     """What the training stream says of a data set of which the driver has not looked at the shards."""
     with pytest.raises(DataError) as caught:
-        epoch(open_training_data([str(folder)], config(), check_shards=False))
+        epoch(open_training_data([str(folder)], config(), workers=1))
     return caught.value.message
 
 
@@ -346,7 +346,7 @@ def test_skipping_leaves_out_the_damaged_members_and_nothing_else(folder: Path, 
     whole = epoch(open_training_data([str(folder)], config()), world_size)
     damaged(folder, kind)
     policy = config(damage="skip", damage_budget_fraction=0.5)
-    data = open_training_data([str(folder)], policy, check_shards=False, workers=world_size)
+    data = open_training_data([str(folder)], policy, workers=world_size)
     found = epoch(data, world_size)
     lost = lost_to(kind)
     assert found.seen == truth_without(set(lost))

@@ -83,7 +83,7 @@ class Target:
         assert all_rows(self.folder) == TRUTH
 
     def _stream_an_epoch(self) -> None:
-        data = open_training_data([str(self.folder)], CONFIG, check_shards=False)
+        data = open_training_data([str(self.folder)], CONFIG, workers=1)
         shares = data.stream(0, 1).shares(0, data.windows.steps_per_epoch)
         assert Counter(tuple(row.tolist()) for share in shares for row in share.sequences) == Counter(TRUTH["train"])
 

@@ -69,6 +69,14 @@ def test_what_changes_the_weights_changes_the_name(dataset: Dataset, override: s
     assert plan(dataset, override).run_dir != plan(dataset).run_dir
 
 
+def test_planning_makes_no_cache_on_the_drivers_host(dataset: Dataset, tmp_path: Path) -> None:
+    config = load_config(None, [*BASE, f"data.cache_dir={tmp_path / 'cache'}"])
+    open_training_data([dataset.path], config)
+    assert not (tmp_path / "cache").exists()
+    open_training_data([dataset.path], config, workers=2)
+    assert (tmp_path / "cache").is_dir()
+
+
 def test_other_data_changes_the_name(dataset: Dataset, tmp_path: Path) -> None:
     assert plan(make_dataset(tmp_path / "other", words=7)).result_hash != plan(dataset).result_hash
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from pyarrow import fs
-from support import corpus
+from support import write_repeated_corpus
 
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.prepare import sampling
@@ -46,10 +46,7 @@ def backwards(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     """6,500 sentences, 2,000 of them twice, in 9 groups."""
-    path = tmp_path_factory.mktemp("source") / "corpus.txt"
-    lines = corpus()
-    path.write_text("\n".join([*lines, *lines[:2000]]) + "\n", encoding="utf-8")
-    return str(path)
+    return write_repeated_corpus(tmp_path_factory.mktemp("source"), 2000)
 
 
 @pytest.mark.parametrize("deduplicate", ["none", "exact", "near"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, corpus, wait_for
+from support import ROOT, wait_for, write_repeated_corpus
 
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.prepare.claim import MARKER, WORK
@@ -47,10 +47,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Sentences, the first 1,000 twice, in 9 groups."""
-    path = tmp_path_factory.mktemp("source") / "corpus.txt"
-    lines = corpus()
-    path.write_text("\n".join([*lines, *lines[:1000]]) + "\n", encoding="utf-8")
-    return str(path)
+    return write_repeated_corpus(tmp_path_factory.mktemp("source"), 1000)
 
 
 @pytest.fixture(scope="module")

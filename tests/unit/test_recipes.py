@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import SHARED_DATA
+from support import shared_corpus
 
 from vae_dist.cli import main
 from vae_dist.config.load import dump_yaml, load_config, validate_section
@@ -25,13 +24,7 @@ from vae_dist.errors import ConfigError
 @pytest.fixture
 def real(request: pytest.FixtureRequest) -> Path:
     """The corpus that a test is parametrised with, where this machine has it."""
-    path = SHARED_DATA / request.param
-    if not path.exists():
-        message = f"{request.param} is not at {path} (set VAE_DIST_DATA)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    return path
+    return shared_corpus(request.param)
 
 
 def texts(path: Path, counts: Counter[str] | None = None, **options: Any) -> list[str]:

@@ -45,7 +45,7 @@ class Trained:
 def train(plan: RunPlan, device: torch.device, should_stop: Callable[[], bool]) -> Trained:
     """Train from the newest checkpoint to the last step, or until a rank is told to stop."""
     config, world_size = plan.config, dist.get_world_size()
-    data = open_training_data(plan.data_dirs, config, check_shards=False, workers=world_size)
+    data = open_training_data(plan.data_dirs, config, workers=world_size)
     dataset = data.datasets[0]
     engine = _build(config, dataset.tokenizer.vocab_size, device)
     loaded = load_newest(engine, plan.run_dir / "checkpoints")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vae_dist.data.store.sequences import Sequences
+from vae_dist.data.store.sequences import Sequences, gather
 from vae_dist.data.text.special_ids import EOS_ID
 
 _HISTOGRAM_BINS = 16
@@ -36,11 +36,9 @@ def fit_lengths(texts: Sequences, max_tokens: int, policy: str) -> tuple[Sequenc
     # Where a piece begins in its text: 0, size, 2 * size, ...
     begins = (np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * size
     sizes = np.minimum(body[rows] - begins, size) + 1
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    source = np.repeat(texts.offsets[rows] + begins - offsets[:-1], sizes) + np.arange(offsets[-1])
-    tokens = texts.tokens[source]
-    tokens[offsets[1:] - 1] = EOS_ID
-    return Sequences(tokens, offsets), rows
+    fitted = gather(texts.tokens, texts.offsets[rows] + begins, sizes)
+    fitted.tokens[fitted.offsets[1:] - 1] = EOS_ID
+    return fitted, rows
 
 
 def length_facts(lengths: Counter[int]) -> dict[str, Any]:

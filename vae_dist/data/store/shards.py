@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,16 +120,11 @@ def build_shard(
             payload = encode_member(sequences, docs, schema)
             tar.write({"__key__": f"{split}-{number:06d}-{member:08d}", "arrow": payload})
             size = entry_bytes(len(payload))
-            tokens = int(sequences.offsets[-1] - sequences.offsets[0])
-            entries.append(MemberEntry(number, offset, size, start, len(sequences), tokens, 0))
+            entries.append(MemberEntry(number, offset, size, start, len(sequences), len(sequences.tokens), 0))
             offset, start = offset + size, start + len(sequences)
     data = sink.getvalue()
     view = memoryview(data)
-    checked = [
-        MemberEntry(e.shard, e.offset, e.bytes, e.first_sequence, e.sequences, e.tokens,
-                    zlib.crc32(view[e.offset : e.offset + e.bytes]))
-        for e in entries
-    ]  # fmt: skip
+    checked = [replace(e, crc32=zlib.crc32(view[e.offset : e.offset + e.bytes])) for e in entries]
     digest = xxhash.xxh3_128_hexdigest(data)
     entry = ShardEntry(shard_name(split, number), len(data), digest, len(entries), start - first_sequence)
     return Shard(data, entry, checked)

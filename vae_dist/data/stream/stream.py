@@ -74,26 +74,26 @@ class Stream:
         Raises:
             DataError: a shard is missing or damaged.
         """
-        prepared, turn = self._window_of(step)
-        begin, end = prepared.bounds[turn : turn + 2]
-        sequences = prepared.sequences.slice(begin, end)
-        slots = step * self._spec.batch_sequences + prepared.slots[begin:end]
-        return Share(sequences, slots, self._windows.real_sequences(step))
+        return self._cut(step, *self._window_of(step))
 
     def shares(self, first_step: int, end_step: int) -> Iterator[Share]:
         """Shares of steps [first_step, end_step), the time that the consumer waits for them counted."""
         for step in range(first_step, end_step):
             asked = time.monotonic()
-            share = self.share(step)
-            self._waited_seconds += time.monotonic() - asked
             prepared, turn = self._window_of(step)
+            self._waited_seconds += time.monotonic() - asked
             self.skipped_sequences += int(prepared.left_out[turn])
-            yield share
+            yield self._cut(step, prepared, turn)
 
     def take_waited_seconds(self) -> float:
         """How long the consumer of `shares` has waited since this was last asked."""
         waited, self._waited_seconds = self._waited_seconds, 0.0
         return waited
+
+    def _cut(self, step: int, prepared: _Prepared, turn: int) -> Share:
+        begin, end = prepared.bounds[turn : turn + 2]
+        slots = step * self._spec.batch_sequences + prepared.slots[begin:end]
+        return Share(prepared.sequences.slice(begin, end), slots, self._windows.real_sequences(step))
 
     def _window_of(self, step: int) -> tuple[_Prepared, int]:
         """The prepared window of a step, its successor begun, and the step's turn in it."""

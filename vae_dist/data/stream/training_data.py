@@ -62,19 +62,18 @@ class TrainingData:
         return {data.path: count / sum(counts) for data, count in zip(self.datasets, counts, strict=True)}
 
 
-def open_training_data(
-    dirs: Sequence[str], config: Config, *, check_shards: bool = True, workers: int = 1
-) -> TrainingData:
+def open_training_data(dirs: Sequence[str], config: Config, *, workers: int | None = None) -> TrainingData:
     """Open the data set directories of a run: the only one, or those of `data.mixture` in its order.
 
     Args:
-        check_shards: see `Dataset.open`.
-        workers: the damage budget is divided among so many.
+        workers: how many workers of a run do this; None in a process that plans one. A worker uses `data.cache_dir`,
+            which is a directory of its host, takes the driver's look at all shards for done, and has its share of the
+            damage budget.
 
     Raises:
         DataError: a directory cannot be opened, lacks a training split, or they do not go together.
     """
-    datasets = tuple(Dataset.open(path, check_shards=check_shards) for path in dirs)
+    datasets = tuple(Dataset.open(path, check_shards=workers is None) for path in dirs)
     for other in datasets[1:]:
         if other.tokenizer.sha256 != datasets[0].tokenizer.sha256:
             raise DataError(
@@ -82,8 +81,8 @@ def open_training_data(
                 f"mixed. Prepare the first with `--tokenizer {datasets[0].path}/tokenizer.json`."
             )
     data = config.data
-    cache = RangeCache(data.cache_dir, data.cache_bytes) if data.cache_dir else None
-    splits = tuple(training_split(each, config, cache=cache, workers=workers) for each in datasets)
+    cache = RangeCache(data.cache_dir, data.cache_bytes) if data.cache_dir and workers is not None else None
+    splits = tuple(training_split(each, config, cache=cache, workers=workers or 1) for each in datasets)
     specs = [order_spec(config, split, each.manifest_hash) for split, each in zip(splits, datasets, strict=True)]
     if data.mixture is None:
         return TrainingData(datasets, splits, EpochWindows(specs[0]), datasets[0].manifest_hash)
