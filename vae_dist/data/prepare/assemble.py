@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from vae_dist.data.prepare.encode import Block, block_file, read_block, token_dtype
-from vae_dist.data.prepare.work import Folder, Record
+from vae_dist.data.prepare.texts import SPLITS
+from vae_dist.data.prepare.work import Folder, Record, Stages
 from vae_dist.data.store.sequences import Sequences
-from vae_dist.data.store.shards import MemberEntry, build_shard, entry_bytes
+from vae_dist.data.store.shards import MemberEntry, build_shard, entry_bytes, payload_schema
+from vae_dist.data.text.tokenizer import Tokenizer
 
 # An Arrow stream's messages around the arrays of a member, about.
 _MEMBER_OVERHEAD_BYTES = 800
@@ -89,6 +91,37 @@ class Assemble:
                 for one in of_group:
                     sequences, docs = read_block(read, one.block, dtype)
                     yield sequences.slice(one.begin, one.end), docs[one.begin : one.end] + one.first_doc
+
+
+def assemble_shards(
+    stages: Stages,
+    out: Folder,
+    tokenizer: Tokenizer,
+    groups: Sequence[Record],
+    member_sequences: int,
+    shard_bytes: int,
+) -> dict[str, list[Record]]:
+    """Write the shards of all splits.
+
+    Args:
+        groups: the record of every group, whose work files are in the stages' folder.
+        shard_bytes: about the size of a shard.
+
+    Returns:
+        the records of the shards of every split that has any; see `Assemble`.
+    """
+    schema = payload_schema(tokenizer.vocab_size, tokenizer.sha256)
+    token_bytes = token_dtype(tokenizer.vocab_size).itemsize
+    plans = []
+    for split in SPLITS:
+        of_groups = [group["splits"][split] for group in groups]
+        plans += plan_shards(split, of_groups, member_sequences, shard_bytes, token_bytes)
+    assemble = Assemble(stages.work, out, schema, tokenizer.vocab_size, member_sequences)
+    records = stages.finish("shards", assemble, plans, [plan.sequences for plan in plans])
+    found: dict[str, list[Record]] = {}
+    for plan, record in zip(plans, records, strict=True):
+        found.setdefault(plan.split, []).append(record)
+    return found
 
 
 def plan_shards(

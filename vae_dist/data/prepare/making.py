@@ -16,17 +16,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vae_dist.data.prepare.assemble import Assemble, index_columns, plan_shards
+from vae_dist.data.prepare.assemble import assemble_shards, index_columns
 from vae_dist.data.prepare.claim import clear
 from vae_dist.data.prepare.deduplicate import Drops, find_duplicates
 from vae_dist.data.prepare.encode import TOKENIZER_FILE, Encode
 from vae_dist.data.prepare.manifest import make_manifest, no_training_sequence
 from vae_dist.data.prepare.sampling import sample_training_texts
 from vae_dist.data.prepare.tables import write_manifest, write_tables
-from vae_dist.data.prepare.texts import SPLITS
-from vae_dist.data.prepare.work import Folder, Record, Stages
+from vae_dist.data.prepare.work import Folder, Stages
 from vae_dist.data.source.sources import Source
-from vae_dist.data.store.shards import payload_schema
 from vae_dist.data.text.tokenizer import TRAINED_KINDS, Tokenizer, build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -56,7 +54,8 @@ class Making:
         encoded = self._stages.finish("encode", Encode(self._source, self._work, drops), self._groups, self._sizes)
         if not any(record["splits"]["train"]["blocks"] for record in encoded):
             raise no_training_sequence(self._source, encoded)
-        shards = self._shards(out, encoded, tokenizer)
+        sizes = self._options.member_sequences, self._options.shard_bytes
+        shards = assemble_shards(self._stages, out, tokenizer, encoded, *sizes)
         # What an interrupted writer of other shards left.
         clear(out, keep={record["entry"]["name"] for records in shards.values() for record in records})
         out.write(TOKENIZER_FILE, self._work.read(TOKENIZER_FILE))
@@ -83,23 +82,6 @@ class Making:
                 logger.info("training a tokenizer on %s texts", f"{len(texts):,}")
             self._work.write(TOKENIZER_FILE, _file_bytes(build_tokenizer(texts, self._options)))
         return Tokenizer(self._work.read(TOKENIZER_FILE))
-
-    def _shards(self, out: Folder, encoded: list[Record], tokenizer: Tokenizer) -> dict[str, list[Record]]:
-        """The records of the shards of every split that has any."""
-        options = self._options
-        schema = payload_schema(tokenizer.vocab_size, tokenizer.sha256)
-        token_bytes = schema.field("tokens").type.value_type.bit_width // 8
-        plans = []
-        for split in SPLITS:
-            of_groups = [record["splits"][split] for record in encoded]
-            plans += plan_shards(split, of_groups, options.member_sequences, options.shard_bytes, token_bytes)
-        assemble = Assemble(self._work, out, schema, tokenizer.vocab_size, options.member_sequences)
-        sizes = [plan.sequences for plan in plans]
-        records = self._stages.finish("shards", assemble, plans, sizes)
-        found: dict[str, list[Record]] = {}
-        for plan, record in zip(plans, records, strict=True):
-            found.setdefault(plan.split, []).append(record)
-        return found
 
 
 def _file_bytes(tokenizer: Tokenizer) -> bytes:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from vae_dist.config.schema import PrepareConfig
-from vae_dist.data.prepare.assemble import Assemble, index_columns, plan_shards
+from vae_dist.data.prepare.assemble import assemble_shards, index_columns
 from vae_dist.data.prepare.claim import claimed, clear, is_finished, open_work
 from vae_dist.data.prepare.collect import Choice, Collect
-from vae_dist.data.prepare.encode import TOKENIZER_FILE, token_dtype
+from vae_dist.data.prepare.encode import TOKENIZER_FILE
 from vae_dist.data.prepare.lengths import length_facts
 from vae_dist.data.prepare.manifest import report
 from vae_dist.data.prepare.tables import write_manifest, write_tables
@@ -27,7 +27,7 @@ from vae_dist.data.prepare.texts import SPLITS
 from vae_dist.data.prepare.work import Folder, Record, Stages, cannot_write
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.data.store.filesystem import resolve
-from vae_dist.data.store.shards import payload_schema
+from vae_dist.data.store.shards import token_type
 from vae_dist.errors import ConfigError, DataError
 
 _COUNTS = ("empty_texts", "filtered_texts", "duplicate_texts")
@@ -109,26 +109,18 @@ def _write(addresses: Sequence[str | Path], datasets: Sequence[Dataset], out: Fo
     collect = Collect(stages.work, tokenizer.vocab_size, choice)
     groups = stages.finish("collect", collect, [str(address) for address in addresses], sizes)
     options = PrepareConfig().model_dump(mode="json") | first.manifest.get("options", {})
-    schema = payload_schema(tokenizer.vocab_size, tokenizer.sha256)
-    token_bytes = token_dtype(tokenizer.vocab_size).itemsize
-    in_member, in_shard = options["member_sequences"], options["shard_bytes"]
     of_splits = {name: [group["splits"][name] for group in groups] for name in SPLITS}
     if not any(group["blocks"] for group in of_splits["train"]):
         raise DataError(f"No training sequence of {first.path} is left. Lower the fractions, or take another seed.")
-    plans = [plan for name in SPLITS for plan in plan_shards(name, of_splits[name], in_member, in_shard, token_bytes)]
-    assemble = Assemble(stages.work, out, schema, tokenizer.vocab_size, in_member)
-    records = stages.finish("shards", assemble, plans, [plan.sequences for plan in plans])
-    shards: dict[str, list[Record]] = {}
-    for plan, record in zip(plans, records, strict=True):
-        shards.setdefault(plan.split, []).append(record)
-    clear(out, keep={record["entry"]["name"] for record in records})
+    shards = assemble_shards(stages, out, tokenizer, groups, options["member_sequences"], options["shard_bytes"])
+    clear(out, keep={record["entry"]["name"] for records in shards.values() for record in records})
     tokenizer.save(Path(out.path) / TOKENIZER_FILE)
     entries = {name: [record["entry"] for record in of_split] for name, of_split in shards.items()}
     hashes = write_tables(out, {name: index_columns(of_split) for name, of_split in shards.items()}, entries)
     facts = {
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
-        "dtype": str(schema.field("tokens").type.value_type),
+        "dtype": str(token_type(tokenizer.vocab_size)),
         "splits": _split_facts(datasets, of_splits, entries),
         **{key: sum(dataset.manifest.get(key, 0) for dataset in datasets) for key in _COUNTS},
         "source": _source(datasets),
