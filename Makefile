@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VAE_DIST_DATA ?= ../shared/data
 export VAE_DIST_DATA
 
-.PHONY: install train test test-all lint format lock golden bench-data bench-peers clean
+.PHONY: install train test test-all lint format lock golden bench-data bench-peers bench-kernels clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +49,10 @@ golden: $(VENV)/.installed-test
 bench-data: $(VENV)/.installed
 	-@$(MAKE) --no-print-directory bench-peers
 	@$(BIN)/python tests/bench/data_loaders.py $(ARGS)
+
+# Compare the fused operations with other implementations; correctness first. ARGS=--help says how.
+bench-kernels: $(VENV)/.installed
+	@$(BIN)/python kernels/benchmarks/run.py --json $(ARGS)
 
 bench-peers: .bench/arrow/.installed .bench/mosaic/.installed
 

@@ -79,63 +79,145 @@ def gaussian_rsample_kl(
     """
     _check(mu, logvar, sample_id, num_samples, prior_mu, prior_logvar)
     check_rng(rng, sample_id, stream)
-    dtype = torch.float64 if mu.dtype == torch.float64 else torch.float32
-    threshold = torch.as_tensor(free_bits, dtype=dtype, device=mu.device).detach()
-    if threshold.dim() != 0:
-        raise ValueError(f"free_bits must be a number or a 0-d tensor, got shape {tuple(threshold.shape)}")
     chosen = resolve_backend(backend, mu)
     return GaussianSample(
-        *_GaussianSample.apply(
-            mu, logvar, prior_mu, prior_logvar, rng, sample_id, threshold, num_samples, stream, chosen
+        *_forward(
+            mu, logvar, prior_mu, prior_logvar, rng, sample_id, _threshold(free_bits, mu), num_samples, stream, chosen
         )
     )
 
 
-class _GaussianSample(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        mu_BD: torch.Tensor,
-        logvar_BD: torch.Tensor,
-        prior_mu: torch.Tensor | None,
-        prior_logvar: torch.Tensor | None,
-        rng: torch.Tensor,
-        sample_id_B: torch.Tensor,
-        free_bits: torch.Tensor,
-        num_samples: int,
-        stream: int,
-        backend: str,
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(mu_BD, logvar_BD, prior_mu, prior_logvar, rng, sample_id_B, free_bits)
-        ctx.num_samples, ctx.stream, ctx.backend = num_samples, stream, backend
-        ctx.set_materialize_grads(False)
-        outputs = _implementation(backend).forward(
-            mu_BD, logvar_BD, prior_mu, prior_logvar, rng, sample_id_B, free_bits, num_samples, stream
-        )
-        ctx.mark_non_differentiable(outputs[3])
-        return outputs
+def _threshold(free_bits: float | torch.Tensor, mu: torch.Tensor) -> torch.Tensor | None:
+    """As the operator takes it; None for none, which spares a launch."""
+    if not isinstance(free_bits, torch.Tensor):
+        # Filled on the device: a copy from the host could not be captured in a CUDA graph.
+        return torch.full((), free_bits, dtype=_wide(mu), device=mu.device) if free_bits else None
+    if free_bits.dim() != 0:
+        raise ValueError(f"free_bits must be a number or a 0-d tensor, got shape {tuple(free_bits.shape)}")
+    return free_bits.detach().to(mu.device, _wide(mu))
 
-    @staticmethod
-    @first_order_only
-    def backward(
-        ctx: Any,
-        grad_z: torch.Tensor | None,
-        grad_kl: torch.Tensor | None,
-        grad_kl_free: torch.Tensor | None,
-        grad_per_dim: torch.Tensor | None,
-        grad_log_q: torch.Tensor | None,
-        grad_log_p: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, ...]:
-        upstream = (grad_z, grad_kl, grad_kl_free, grad_log_q, grad_log_p)
-        inputs = ctx.saved_tensors
-        grads_BD = _implementation(ctx.backend).backward(
-            *inputs, ctx.num_samples, ctx.stream, upstream, ctx.needs_input_grad[:4]
-        )
-        fitted = (
-            None if grad is None else grad.sum_to_size(parameter.shape).to(parameter.dtype)
-            for grad, parameter in zip(grads_BD, inputs[:4], strict=True)
-        )
-        return (*fitted, None, None, None, None, None, None)
+
+@torch.library.custom_op("vae_kernels::gaussian_rsample_kl", mutates_args=())
+def _forward(
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    prior_mu: torch.Tensor | None,
+    prior_logvar: torch.Tensor | None,
+    rng: torch.Tensor,
+    sample_id: torch.Tensor,
+    free_bits: torch.Tensor | None,
+    num_samples: int,
+    stream: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    z, kl, kl_free, kl_per_dim, log_q, log_p = _implementation(backend).forward(
+        mu, logvar, prior_mu, prior_logvar, rng, sample_id, free_bits, num_samples, stream
+    )
+    return z, kl, kl_free, kl_per_dim, log_q, log_p
+
+
+@_forward.register_fake
+def _(
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    prior_mu: torch.Tensor | None,
+    prior_logvar: torch.Tensor | None,
+    rng: torch.Tensor,
+    sample_id: torch.Tensor,
+    free_bits: torch.Tensor | None,
+    num_samples: int,
+    stream: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    (rows, dim), dtype = mu.shape, _wide(mu)
+    return (
+        mu.new_empty(num_samples, rows, dim),
+        mu.new_empty(rows, dtype=dtype),
+        mu.new_empty(rows, dtype=dtype),
+        mu.new_empty(dim, dtype=dtype),
+        mu.new_empty(num_samples, rows, dtype=dtype),
+        mu.new_empty(num_samples, rows, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("vae_kernels::gaussian_rsample_kl_backward", mutates_args=())
+def _backward(
+    grad_z: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+    grad_kl_free: torch.Tensor | None,
+    grad_log_q: torch.Tensor | None,
+    grad_log_p: torch.Tensor | None,
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    prior_mu: torch.Tensor | None,
+    prior_logvar: torch.Tensor | None,
+    rng: torch.Tensor,
+    sample_id: torch.Tensor,
+    free_bits: torch.Tensor | None,
+    num_samples: int,
+    stream: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of (mu, logvar, prior_mu, prior_logvar); an empty tensor where none is needed."""
+    parameters = (mu, logvar, prior_mu, prior_logvar)
+    grads = _implementation(backend).backward(
+        *parameters, rng, sample_id, free_bits, num_samples, stream,
+        (grad_z, grad_kl, grad_kl_free, grad_log_q, grad_log_p), tuple(needs),
+    )  # fmt: skip
+    first, second, third, fourth = (
+        mu.new_empty(0) if grad is None or parameter is None else grad.sum_to_size(parameter.shape).to(parameter.dtype)
+        for grad, parameter in zip(grads, parameters, strict=True)
+    )
+    return first, second, third, fourth
+
+
+@_backward.register_fake
+def _(
+    grad_z: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+    grad_kl_free: torch.Tensor | None,
+    grad_log_q: torch.Tensor | None,
+    grad_log_p: torch.Tensor | None,
+    mu: torch.Tensor,
+    logvar: torch.Tensor,
+    prior_mu: torch.Tensor | None,
+    prior_logvar: torch.Tensor | None,
+    rng: torch.Tensor,
+    sample_id: torch.Tensor,
+    free_bits: torch.Tensor | None,
+    num_samples: int,
+    stream: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    first, second, third, fourth = (
+        parameter.new_empty(parameter.shape) if needed and parameter is not None else mu.new_empty(0)
+        for needed, parameter in zip(needs, (mu, logvar, prior_mu, prior_logvar), strict=True)
+    )
+    return first, second, third, fourth
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, ctx.num_samples, ctx.stream, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[3])
+
+
+@first_order_only
+def _derivative(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:4])
+    used = [grad for index, grad in enumerate(upstream) if index != 3]
+    grads = _backward(*used, *ctx.saved_tensors, ctx.num_samples, ctx.stream, ctx.backend, needs)
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *(None,) * 6)
+
+
+_forward.register_autograd(_derivative, setup_context=_context)
+
+
+def _wide(mu: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(mu.dtype, torch.float32)
 
 
 def _implementation(backend: str) -> Any:

@@ -41,12 +41,13 @@ def forward(
     prior_logvar: torch.Tensor | None,
     rng: torch.Tensor,
     sample_id_B: torch.Tensor,
-    free_bits: torch.Tensor,
+    free_bits: torch.Tensor | None,
     num_samples: int,
     stream: int,
 ) -> tuple[torch.Tensor, ...]:
     """(z, kl, kl_free, kl_per_dim, log_q, log_p) of `GaussianSample`."""
-    t = _terms(mu_BD, logvar_BD, prior_mu, prior_logvar, sample_id_B, free_bits.dtype)
+    t = _terms(mu_BD, logvar_BD, prior_mu, prior_logvar, sample_id_B)
+    free_bits = t.kl_BD.new_zeros(()) if free_bits is None else free_bits
     eps_KBD = _noise(t, rng, sample_id_B, num_samples, stream)
     z_KBD = (t.mu_BD + t.sigma_BD * eps_KBD).masked_fill(~t.real_B1, 0.0)
     log_q_KBD = -0.5 * (_LOG_2PI + t.logvar_BD + eps_KBD.square())
@@ -70,7 +71,7 @@ def backward(
     prior_logvar: torch.Tensor | None,
     rng: torch.Tensor,
     sample_id_B: torch.Tensor,
-    free_bits: torch.Tensor,
+    free_bits: torch.Tensor | None,
     num_samples: int,
     stream: int,
     upstream: Upstream,
@@ -83,7 +84,8 @@ def backward(
         upstream: gradients of (z, kl, kl_free, log_q, log_p); None where an output was not used.
     """
     grad_z, grad_kl, grad_kl_free, grad_log_q, grad_log_p = upstream
-    t = _terms(mu_BD, logvar_BD, prior_mu, prior_logvar, sample_id_B, free_bits.dtype)
+    t = _terms(mu_BD, logvar_BD, prior_mu, prior_logvar, sample_id_B)
+    free_bits = t.kl_BD.new_zeros(()) if free_bits is None else free_bits
     grads = [torch.zeros_like(t.mu_BD) for _ in range(4)]
     if grad_kl is not None or grad_kl_free is not None:
         _add_kl(grads, t, _kl_upstream(t, free_bits, grad_kl, grad_kl_free))
@@ -104,8 +106,8 @@ def _terms(
     prior_mu: torch.Tensor | None,
     prior_logvar: torch.Tensor | None,
     sample_id_B: torch.Tensor,
-    dtype: torch.dtype,
 ) -> _Terms:
+    dtype = torch.promote_types(mu_BD.dtype, torch.float32)
     real_B1 = (sample_id_B >= 0)[:, None]
     mu_BD = mu_BD.to(dtype).masked_fill(~real_B1, 0.0)
     logvar_BD = logvar_BD.to(dtype).masked_fill(~real_B1, 0.0)

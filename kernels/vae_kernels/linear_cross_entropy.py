@@ -14,14 +14,13 @@ section 7; z-loss: Chowdhery et al., "PaLM" (2022), section 5.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import torch
 
-from vae_kernels import linear_cross_entropy_torch
-from vae_kernels.autograd import first_order_only
+from vae_kernels import linear_cross_entropy_ops as ops
 from vae_kernels.backend import resolve_backend
-from vae_kernels.linear_cross_entropy_options import Gradients, LossOptions
+from vae_kernels.linear_cross_entropy_options import LossOptions, wide
 from vae_kernels.segment_sum import check_offsets, segment_ids, segment_sum
 
 REDUCTIONS = ("none", "sequence", "sum", "mean")
@@ -46,14 +45,15 @@ def linear_cross_entropy(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Loss of each row, each sequence or the batch, float32 (float64 for float64 inputs), in nats.
 
-    Without `weight_per_sequence`, forward keeps its inputs and one number per row, and backward forms the
-    logits again, with any upstream gradient per row. With it, the gradients are formed in forward in the same
-    sweep as the loss and backward only scales them, so the weight is not read after forward. Second
-    derivatives are refused.
+    Without `weight_per_sequence`, backward takes any upstream gradient per row; forward keeps for it the logits or
+    odds of as many rows as `max_saved_bytes` holds, and backward forms those of the others again. With it, the
+    gradients are formed in forward, from the logits that give the loss, and backward only scales them, so nothing of
+    size N * V is kept and the weight is not read after forward. Second derivatives are refused.
 
     Args:
         x: [N, H], float16, bfloat16, float32 or float64.
-        weight: [V, H]; used in x's dtype (under autocast both are cast as `F.linear` casts them).
+        weight: [V, H]; used in x's dtype (under autocast in the dtype that `F.linear` would use), its gradient is in
+            its own, not rounded in between.
         target: int64 [N], in [0, V) or ignore_index.
         bias: [V], any floating dtype.
         cu_seqlens: int32 or int64 [B + 1], offsets of the sequences in the rows: from 0 to N.
@@ -65,8 +65,7 @@ def linear_cross_entropy(
         logit_scale: factor on the logits, before the cap.
         reduction: "none" -> [N]; "sequence" -> [B], sums; "sum" -> scalar; "mean" -> scalar, over the rows
             that are not ignored (0 when all are). With weight_per_sequence it must be "none" or "sequence".
-        max_saved_bytes: bound on what forward may keep for backward beyond its inputs and results. This
-            version keeps nothing of size N * V, so every bound holds.
+        max_saved_bytes: bound on what forward keeps for backward: V numbers a row in x's dtype.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -79,24 +78,30 @@ def linear_cross_entropy(
             torch).
         RuntimeError: backend="triton" where Triton cannot run.
     """
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    x, weight = _operands(x, weight)
-    _check(x, weight, target, bias, max_saved_bytes)
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None")
+    options = LossOptions(
+        ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), float(logit_scale)
+    )
+    x = in_autocast_dtype(x)
+    check_head(x, weight, target, bias, max_saved_bytes)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(REDUCTIONS)}")
     if cu_seqlens is not None:
         check_offsets(cu_seqlens, x.shape[0])
     elif reduction == "sequence" or weight_per_sequence is not None:
         raise ValueError("reduction='sequence' and weight_per_sequence need cu_seqlens")
-    implementation = _implementation(resolve_backend(backend, x))
+    operands, settings = (x, weight, bias, target), dataclasses.astuple(options)
+    chosen = resolve_backend(backend, x)
     # The sums must run in the dtypes chosen here whatever autocast would make of them.
     with torch.autocast(x.device.type, enabled=False):
         if weight_per_sequence is not None:
             assert cu_seqlens is not None
             if reduction not in ("none", "sequence"):
                 raise ValueError(f"weight_per_sequence fixes the reduction; reduction={reduction!r} does not fit")
-            return _weighted(x, weight, target, bias, cu_seqlens, weight_per_sequence, options, implementation)
-        nll_N = _per_row(x, weight, target, bias, options, implementation)
+            return _weighted(operands, cu_seqlens, weight_per_sequence, settings, chosen)
+        saved = max_saved_bytes if any(map(_needs_gradient, operands)) else 0
+        nll_N = ops.rows(*operands, *settings, saved, chosen)[0]
         if reduction == "sequence":
             assert cu_seqlens is not None
             return segment_sum(nll_N, cu_seqlens)
@@ -106,134 +111,49 @@ def linear_cross_entropy(
         return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
 
 
-def _per_row(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    bias: torch.Tensor | None,
-    options: LossOptions,
-    implementation: Any,
-) -> torch.Tensor:
-    if _gradients_wanted(x, weight, bias):
-        return _RowLoss.apply(x, weight, bias, target, options, implementation)
-    return implementation.nll(x, weight, bias, target, options)[0]
-
-
 def _weighted(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    bias: torch.Tensor | None,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor],
     cu_seqlens: torch.Tensor,
     weight_per_sequence: torch.Tensor,
-    options: LossOptions,
-    implementation: Any,
+    settings: tuple[int, float, float, float, float],
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, bias, _ = operands
     if weight_per_sequence.shape != (cu_seqlens.shape[0] - 1,):
         raise ValueError(
             f"weight_per_sequence must have shape ({cu_seqlens.shape[0] - 1},) to go with cu_seqlens, "
             f"got {tuple(weight_per_sequence.shape)}"
         )
-    if _gradients_wanted(x, weight, bias):
-        return _WeightedLoss.apply(
-            x, weight, bias, target, cu_seqlens, weight_per_sequence.detach(), options, implementation
-        )
-    nll_B = segment_sum(implementation.nll(x, weight, bias, target, options)[0], cu_seqlens)
-    return (weight_per_sequence.detach().to(nll_B.dtype) * nll_B).sum(), nll_B
+    weight_B = weight_per_sequence.detach().to(wide(x.dtype))
+    needs = [_needs_gradient(tensor) for tensor in (x, weight, bias)]
+    row_weight_N = weight_B.index_select(0, segment_ids(cu_seqlens, x.shape[0]))
+    if any(needs):
+        total, nll_N, *_ = ops.weighted(*operands, row_weight_N, needs, *settings, backend)
+    else:
+        nll_N = ops.rows(*operands, *settings, 0, backend)[0]
+        total = (row_weight_N * nll_N).sum()
+    return total, segment_sum(nll_N, cu_seqlens)
 
 
-class _RowLoss(torch.autograd.Function):
-    """nll [N]; backward forms the logits again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
-        options: LossOptions,
-        implementation: Any,
-    ) -> torch.Tensor:
-        nll_N, lse_N = implementation.nll(x, weight, bias, target, options)
-        ctx.save_for_backward(x, weight, bias, target, lse_N)
-        ctx.options, ctx.implementation = options, implementation
-        return nll_N
-
-    @staticmethod
-    @first_order_only
-    def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias, target, lse_N = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            grads = ctx.implementation.gradients(
-                x, weight, bias, target, lse_N, grad_N.contiguous(), ctx.options, ctx.needs_input_grad[:3]
-            )
-        return (*grads, None, None, None)
+def _needs_gradient(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-class _WeightedLoss(torch.autograd.Function):
-    """(sum of weight * nll, nll per sequence); gradients are ready before backward begins."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        weight_B: torch.Tensor,
-        options: LossOptions,
-        implementation: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        weight_B = weight_B.to(dtype)
-        row_weight_N = weight_B.index_select(0, segment_ids(cu_seqlens, x.shape[0]))
-        nll_N, grads = implementation.nll_and_gradients(
-            x, weight, bias, target, row_weight_N, options, ctx.needs_input_grad[:3]
-        )
-        ctx.save_for_backward(*grads)
-        nll_B = segment_sum(nll_N, cu_seqlens)
-        ctx.mark_non_differentiable(nll_B)
-        return (weight_B * nll_B).sum(), nll_B
-
-    @staticmethod
-    @first_order_only
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled: Gradients = tuple(
-            None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors
-        )
-        return (*scaled, None, None, None, None, None)
-
-
-def _gradients_wanted(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _implementation(backend: str) -> Any:
-    if backend == "torch":
-        return linear_cross_entropy_torch
-    # Triton is imported only once its kernels are wanted.
-    from vae_kernels import linear_cross_entropy_triton
-
-    return linear_cross_entropy_triton
-
-
-def _operands(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in the dtype of the matrix products."""
+def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that autocast, if it is on, would give to `F.linear`."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x, weight.to(x.dtype)
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype)
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _check(
+def check_head(
     x: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,
     bias: torch.Tensor | None,
     max_saved_bytes: int,
 ) -> None:
+    """Raise TypeError or ValueError where dtypes or shapes do not fit."""
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must be [N, H] and weight [V, H], got {tuple(x.shape)} and {tuple(weight.shape)}")
     if not x.is_floating_point():

@@ -1,50 +1,108 @@
-"""What the two backends of `linear_cross_entropy.py` share: the options, and the loss from a row's sums."""
+"""What the parts of `linear_cross_entropy.py` share: the options, the operands, wide matrix products."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 
-# Of (x, weight, bias); None where no gradient is needed.
-Gradients = tuple[torch.Tensor | None, ...]
-
 
 @dataclass(frozen=True)
 class LossOptions:
-    """See `linear_cross_entropy` for each. Raises ValueError for values outside their range."""
+    """See `linear_cross_entropy` for each; a softcap of 0 is none.
+
+    Raises ValueError for values outside their range.
+    """
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-    softcap: float | None = None
+    softcap: float = 0.0
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
-        if self.softcap is not None and not (self.softcap > 0.0 and math.isfinite(self.softcap)):
+        if not (self.softcap >= 0.0 and math.isfinite(self.softcap)):
             raise ValueError(f"softcap is {self.softcap}; it must be positive and finite, or None")
         if not (math.isfinite(self.logit_scale) and math.isfinite(self.z_loss)):
             raise ValueError(f"logit_scale {self.logit_scale} and z_loss {self.z_loss} must be finite")
 
 
-def row_loss(
-    lse_N: torch.Tensor,
-    target_logit_N: torch.Tensor,
-    logit_mean_N: torch.Tensor | None,
-    ignored_N: torch.Tensor,
-    options: LossOptions,
-) -> torch.Tensor:
-    """nll [N]; zero for ignored rows. `logit_mean_N` is read only with label smoothing."""
-    nll_N = lse_N - target_logit_N
-    if options.label_smoothing:
-        assert logit_mean_N is not None
-        nll_N = nll_N + options.label_smoothing * (target_logit_N - logit_mean_N)
-    if options.z_loss:
-        nll_N = nll_N + options.z_loss * lse_N.square()
-    return nll_N.masked_fill(ignored_N, 0.0)
+@dataclass(frozen=True)
+class Head:
+    """The operands of the layer, ready for the matrix products.
+
+    Attributes:
+        x_NH, weight_VH: one dtype, that of the products; x contiguous.
+        bias_V: wide (float32, or float64 in float64), or None.
+        target_N: int64, 0 where the row is ignored, -1 where the target is not among these words (of a shard).
+        ignored_N: bool.
+        total_vocab: words of all shards.
+    """
+
+    x_NH: torch.Tensor
+    weight_VH: torch.Tensor
+    bias_V: torch.Tensor | None
+    target_N: torch.Tensor
+    ignored_N: torch.Tensor
+    options: LossOptions
+    total_vocab: int
+
+    @staticmethod
+    def of(
+        x_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        target_N: torch.Tensor,
+        options: LossOptions,
+        total_vocab: int | None = None,
+    ) -> Head:
+        """Cast the parameters and set the ignored rows apart.
+
+        total_vocab: words of all shards, where `weight_VH` is one; targets are numbers among them.
+
+        Raises:
+            IndexError: a target outside the vocabulary (looked at on the CPU only, where it costs no wait).
+        """
+        ignored_N = target_N == options.ignore_index
+        total_vocab = weight_VH.shape[0] if total_vocab is None else total_vocab
+        _check_targets(target_N, ignored_N, total_vocab)
+        return Head(
+            x_NH.contiguous(),
+            weight_VH.to(x_NH.dtype),
+            None if bias_V is None else bias_V.to(wide(x_NH.dtype)),
+            target_N.masked_fill(ignored_N, 0),
+            ignored_N,
+            options,
+            total_vocab,
+        )
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.x_NH.shape[0]
+
+    @property
+    def vocab(self) -> int:
+        """V."""
+        return self.weight_VH.shape[0]
+
+    def part(self, start: int, stop: int) -> Head:
+        """The head of rows [start, stop)."""
+        return dataclasses.replace(
+            self,
+            x_NH=self.x_NH[start:stop],
+            target_N=self.target_N[start:stop],
+            ignored_N=self.ignored_N[start:stop],
+        )
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Of losses and sums: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -57,3 +115,12 @@ def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
+
+
+def _check_targets(target_N: torch.Tensor, ignored_N: torch.Tensor, vocab: int) -> None:
+    if target_N.device.type != "cpu":
+        return
+    wrong_N = ((target_N < 0) | (target_N >= vocab)) & ~ignored_N
+    if bool(wrong_N.any()):
+        row = int(wrong_N.nonzero()[0])
+        raise IndexError(f"target {int(target_N[row])} of row {row} must be in [0, {vocab}) or ignore_index")

@@ -1,170 +1,163 @@
-"""Torch backend of `linear_cross_entropy.py`: chunks of rows, each chunk's logits formed once per sweep.
+"""Torch backend of `linear_cross_entropy_rows.py`: a matrix product, then passes over its result, in place.
 
-Shapes: N rows, C rows of a chunk, H hidden, V vocabulary.
+The passes are compiled by torch's own inductor: torch's operators would need five and wide copies. Backward may keep
+the products of forward. Shapes: C rows, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
+
 import torch
 
-from vae_kernels.linear_cross_entropy_options import Gradients, LossOptions, matmul_wide, row_loss
+from vae_kernels.compiled import compiled
+from vae_kernels.linear_cross_entropy_options import Head, LossOptions, wide
+from vae_kernels.linear_cross_entropy_rows import Deltas, RowTerms, Sums
 
-# Float32 logits of one chunk. Each chunk adds a whole [V, H] to the weight gradient, so few large chunks
-# cost less than many that fit the cache.
-CHUNK_BYTES = 2**26
+# Large enough for few additions to the weight's gradient (each is a pass over [V, H]), small enough to keep between
+# calls: fresh pages would cost as much as a pass.
+WORKSPACE_BYTES = 2**27
+# Below this many logits a pass is not worth compiling (seconds, once a process).
+COMPILE_ELEMENTS = 2**20
+# Of the sum of odds. Beyond it their reciprocals leave float32's range.
+LARGEST_SUM = 2.0**100
 
-
-def nll(
-    x_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    target_N: torch.Tensor,
-    options: LossOptions,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss [N], log-sum-exp [N])."""
-    sweep = _Sweep(x_NH, weight_VH, bias_V, target_N, options, (False, False, False))
-    for start in sweep.starts():
-        sweep.score(start)
-    return sweep.nll_N, sweep.lse_N
+_LOCAL = threading.local()
 
 
-def gradients(
-    x_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    target_N: torch.Tensor,
-    lse_N: torch.Tensor,
-    grad_N: torch.Tensor,
-    options: LossOptions,
-    needs: tuple[bool, ...],
-) -> Gradients:
-    """Gradients of (x, weight, bias) for the upstream gradient of each row's loss."""
-    sweep = _Sweep(x_NH, weight_VH, bias_V, target_N, options, needs)
-    for start in sweep.starts():
-        sweep.differentiate(start, sweep.logits(start), lse_N, grad_N)
-    return sweep.gradients()
+def can_keep(dtype: torch.dtype, options: LossOptions) -> bool:
+    """Products serve every dtype and option."""
+    return True
 
 
-def nll_and_gradients(
-    x_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    target_N: torch.Tensor,
-    grad_N: torch.Tensor,
-    options: LossOptions,
-    needs: tuple[bool, ...],
-) -> tuple[torch.Tensor, Gradients]:
-    """(loss [N], gradients) in one sweep, for upstream gradients known beforehand."""
-    sweep = _Sweep(x_NH, weight_VH, bias_V, target_N, options, needs)
-    for start in sweep.starts():
-        logits_CV = sweep.score(start)
-        sweep.differentiate(start, logits_CV, sweep.lse_N, grad_N)
-    return sweep.nll_N, sweep.gradients()
+def row_pitch(vocab: int, dtype: torch.dtype) -> int:
+    """Rows follow one another."""
+    return vocab
 
 
-def rows_per_chunk(vocab: int, item_bytes: int) -> int:
-    """How many rows' logits fit into CHUNK_BYTES, at least one."""
-    return max(1, CHUNK_BYTES // (vocab * item_bytes))
+def rows_at_once(head: Head) -> int:
+    """How many rows' logits the workspace holds: equal shares of all rows."""
+    most = max(1, WORKSPACE_BYTES // (head.vocab * head.x_NH.dtype.itemsize))
+    chunks = max(1, -(-head.rows // most))
+    return max(1, -(-head.rows // chunks))
 
 
-class _Sweep:
-    """One pass over the rows; holds what the chunks add up."""
+def workspace(head: Head) -> torch.Tensor:
+    """Memory for logits, [C, V]: this thread's, overwritten by its next call."""
+    shape, dtype, device = (head.rows, head.vocab), head.x_NH.dtype, head.x_NH.device
+    count = head.rows * head.vocab * dtype.itemsize
+    if device.type != "cpu" or count > WORKSPACE_BYTES:
+        return head.x_NH.new_empty(shape)
+    if not hasattr(_LOCAL, "memory") or _LOCAL.memory.numel() < count:
+        # A tensor made in inference mode could not be written outside of it later.
+        with torch.inference_mode(mode=False):
+            _LOCAL.memory = torch.empty(count, dtype=torch.uint8)
+    return _LOCAL.memory[:count].view(dtype).view(shape)
 
-    def __init__(
+
+def target_logits(head: Head) -> torch.Tensor:
+    """Final logit of each row's target, wide [N], without the rounding of a half-precision product.
+
+    Word 0 stands in for a target of another shard.
+    """
+    dtype, word_N = wide(head.x_NH.dtype), head.target_N.clamp(min=0)
+    chosen_NH = head.weight_VH.index_select(0, word_N).to(dtype)
+    bias_N = None if head.bias_V is None else head.bias_V.index_select(0, word_N)
+    return final_logits(torch.linalg.vecdot(head.x_NH.to(dtype), chosen_NH), bias_N, head.options)
+
+
+def final_logits(logits: torch.Tensor, bias: torch.Tensor | None, options: LossOptions) -> torch.Tensor:
+    """Bias, scale and cap applied to x @ weight.T."""
+    if bias is not None:
+        logits = logits + bias
+    if options.logit_scale != 1.0:
+        logits = logits * options.logit_scale
+    if options.softcap:
+        logits = torch.tanh(logits / options.softcap) * options.softcap
+    return logits
+
+
+def sweep(head: Head, reference_C: torch.Tensor, kept_CV: torch.Tensor | None) -> Sums:
+    """See `linear_cross_entropy_rows.Backend`."""
+    product_CV = workspace(head) if kept_CV is None else kept_CV
+    torch.mm(head.x_NH, head.weight_VH.t(), out=product_CV)
+    arguments = (product_CV, head.bias_V, head.target_N.int())
+    sums = _passes(head, product_CV).sums(*arguments, reference_C)
+    lost_C = ~(sums.rest <= LARGEST_SUM)
+    if bool(lost_C.any()):
+        # The target is so unlikely that the odds against it overflow: refer them to the likeliest word instead.
+        likeliest_C = final_logits(product_CV.to(reference_C.dtype), head.bias_V, head.options).amax(-1)
+        reference_C.copy_(torch.where(lost_C, likeliest_C, reference_C))
+        sums = _passes(head, product_CV).sums(*arguments, reference_C)
+    return sums
+
+
+def complete(head: Head, terms: RowTerms, fill_C: torch.Tensor, kept_CV: torch.Tensor) -> None:
+    """Products are complete."""
+
+
+def deltas(
+    head: Head, terms: RowTerms, how: Deltas, kept_CV: torch.Tensor | None, out_CV: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `linear_cross_entropy_rows.Backend`; the factor is applied."""
+    out_CV = workspace(head) if out_CV is None else out_CV
+    if kept_CV is None:
+        torch.mm(head.x_NH, head.weight_VH.t(), out=out_CV)
+    elif kept_CV is not out_CV:
+        out_CV.copy_(kept_CV)
+    _passes(head, out_CV).deltas(out_CV, head.bias_V, head.target_N.int(), *how)
+    return out_CV, None
+
+
+class _Passes:
+    """The two passes over a matrix of products, compiled or not."""
+
+    def __init__(self, options: LossOptions, compile_them: bool) -> None:
+        self.options = options
+        wrap = compiled if compile_them else lambda function: function
+        self.sums: Callable[..., Sums] = wrap(self._sums)
+        self.deltas: Callable[..., None] = wrap(self._deltas)
+
+    def _sums(
         self,
-        x_NH: torch.Tensor,
-        weight_VH: torch.Tensor,
+        product_CV: torch.Tensor,
         bias_V: torch.Tensor | None,
-        target_N: torch.Tensor,
-        options: LossOptions,
-        needs: tuple[bool, ...],
+        target_C: torch.Tensor,
+        reference_C: torch.Tensor,
+    ) -> Sums:
+        z_CV = final_logits(product_CV.to(reference_C.dtype), bias_V, self.options)
+        odds_CV = torch.exp(z_CV - reference_C[:, None]).where(~_at(target_C, z_CV), 0.0)
+        return Sums(odds_CV.sum(-1), z_CV.sum(-1) if self.options.label_smoothing else None)
+
+    def _deltas(
+        self,
+        product_CV: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        target_C: torch.Tensor,
+        lse_C: torch.Tensor,
+        fill_C: torch.Tensor,
+        shift_C: torch.Tensor,
+        factor_C: torch.Tensor,
     ) -> None:
-        self.x_NH, self.weight_VH, self.bias_V, self.options = x_NH, weight_VH, bias_V, options
-        self.wide = torch.float64 if x_NH.dtype == torch.float64 else torch.float32
-        self.ignored_N = target_N == options.ignore_index
-        self.target_N = target_N.masked_fill(self.ignored_N, 0)
-        _check_targets(self.target_N, weight_VH.shape[0])
-        self.rows = rows_per_chunk(weight_VH.shape[0], self.wide.itemsize)
-        self.nll_N = x_NH.new_empty(x_NH.shape[0], dtype=self.wide)
-        self.lse_N = torch.empty_like(self.nll_N)
-        self.grad_x_NH = torch.empty_like(x_NH) if needs[0] else None
-        # Wide accumulators: a half-precision sum over chunks loses what a long batch adds last.
-        self.grad_weight_VH = torch.zeros_like(weight_VH, dtype=self.wide) if needs[1] else None
-        self.grad_bias_V = weight_VH.new_zeros(weight_VH.shape[0], dtype=self.wide) if needs[2] else None
-
-    def starts(self) -> range:
-        return range(0, self.x_NH.shape[0], self.rows)
-
-    def logits(self, start: int) -> torch.Tensor:
-        """Final logits of the chunk, wide [C, V]."""
-        logits_CV = matmul_wide(self.x_NH[start : start + self.rows], self.weight_VH.t())
-        if self.bias_V is not None:
-            logits_CV += self.bias_V.to(self.wide)
-        if self.options.logit_scale != 1.0:
-            logits_CV *= self.options.logit_scale
-        if self.options.softcap is not None:
-            logits_CV.div_(self.options.softcap).tanh_().mul_(self.options.softcap)
-        return logits_CV
-
-    def score(self, start: int) -> torch.Tensor:
-        """Fill the chunk's rows of nll and lse; return its logits."""
-        logits_CV = self.logits(start)
-        rows = slice(start, start + self.rows)
-        lse_C = torch.logsumexp(logits_CV, dim=-1)
-        target_logit_C = logits_CV.gather(1, self.target_N[rows, None])[:, 0]
-        mean_C = logits_CV.mean(dim=-1) if self.options.label_smoothing else None
-        self.lse_N[rows] = lse_C
-        self.nll_N[rows] = row_loss(lse_C, target_logit_C, mean_C, self.ignored_N[rows], self.options)
-        return logits_CV
-
-    def differentiate(self, start: int, logits_CV: torch.Tensor, lse_N: torch.Tensor, grad_N: torch.Tensor) -> None:
-        """Add the chunk's gradients; its logits are overwritten."""
-        rows = slice(start, start + self.rows)
-        delta_CV = self._logit_gradient(logits_CV, rows, lse_N[rows], grad_N[rows])
-        if self.grad_bias_V is not None:
-            self.grad_bias_V += delta_CV.sum(0)
-        delta_CV = delta_CV.to(self.x_NH.dtype)
-        if self.grad_x_NH is not None:
-            self.grad_x_NH[rows] = delta_CV @ self.weight_VH
-        if self.grad_weight_VH is not None and delta_CV.dtype == self.wide:
-            self.grad_weight_VH.addmm_(delta_CV.t(), self.x_NH[rows])
-        elif self.grad_weight_VH is not None:
-            self.grad_weight_VH += matmul_wide(delta_CV.t(), self.x_NH[rows])
-
-    def gradients(self) -> Gradients:
-        """Of (x, weight, bias), each in its parameter's dtype."""
-        weight, bias = self.grad_weight_VH, self.grad_bias_V
-        return (
-            self.grad_x_NH,
-            None if weight is None else weight.to(self.weight_VH.dtype),
-            None if bias is None or self.bias_V is None else bias.to(self.bias_V.dtype),
-        )
-
-    def _logit_gradient(
-        self, logits_CV: torch.Tensor, rows: slice, lse_C: torch.Tensor, grad_C: torch.Tensor
-    ) -> torch.Tensor:
-        """Gradient of x @ weight.T + bias, wide [C, V], formed in place of the logits."""
-        options, vocab = self.options, self.weight_VH.shape[0]
-        grad_C1 = grad_C.to(self.wide).masked_fill(self.ignored_N[rows], 0.0)[:, None] * options.logit_scale
-        slope_CV = None if options.softcap is None else 1.0 - (logits_CV / options.softcap).square_()
-        delta_CV = logits_CV.sub_(lse_C[:, None]).exp_()
-        if options.z_loss:
-            delta_CV *= 1.0 + 2.0 * options.z_loss * lse_C[:, None]
-        if options.label_smoothing:
-            delta_CV -= options.label_smoothing / vocab
-        # The target's p - 1 is formed before anything is rounded: in bfloat16 it would be lost for a sure
-        # target.
-        correction = torch.full_like(lse_C, options.label_smoothing - 1.0)[:, None]
-        delta_CV.scatter_add_(1, self.target_N[rows, None], correction)
-        if slope_CV is not None:
-            delta_CV *= slope_CV
-        delta_CV *= grad_C1
-        return delta_CV.masked_fill_(self.ignored_N[rows, None], 0.0)
+        z_CV = final_logits(product_CV.to(lse_C.dtype), bias_V, self.options)
+        p_CV = torch.exp(z_CV - lse_C[:, None])
+        if self.options.label_smoothing:
+            p_CV = p_CV - shift_C[:, None]
+        delta_CV = torch.where(_at(target_C, z_CV), fill_C[:, None], p_CV) * factor_C[:, None]
+        if self.options.softcap:
+            delta_CV = delta_CV * (1.0 - (z_CV / self.options.softcap).square())
+        product_CV.copy_(delta_CV)
 
 
-def _check_targets(target_N: torch.Tensor, vocab: int) -> None:
-    if target_N.device.type != "cpu" or target_N.numel() == 0:
-        return
-    low, high = (int(bound) for bound in target_N.aminmax())
-    if low < 0 or high >= vocab:
-        raise IndexError(f"targets run from {low} to {high}; they must be in [0, {vocab}) or ignore_index")
+def _at(target_C: torch.Tensor, logits_CV: torch.Tensor) -> torch.Tensor:
+    return torch.arange(logits_CV.shape[1], dtype=torch.int32, device=logits_CV.device) == target_C[:, None]
+
+
+def _passes(head: Head, product_CV: torch.Tensor) -> _Passes:
+    on_cpu = product_CV.device.type == "cpu" and product_CV.dtype != torch.float64
+    return _cached_passes(head.options, on_cpu and product_CV.numel() >= COMPILE_ELEMENTS)
+
+
+_cached_passes = functools.cache(_Passes)

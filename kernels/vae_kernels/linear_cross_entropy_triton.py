@@ -1,11 +1,11 @@
-"""Triton backend of `linear_cross_entropy.py`.
+"""Triton backend of `linear_cross_entropy_rows.py`: one kernel forms logits, sums their odds and stores them.
 
-Forward: one kernel; a program owns a block of rows and a range of the vocabulary and keeps a running maximum
-and sum, so no logits reach memory. Backward: for one slice of the vocabulary at a time, a kernel forms the
-logits again and writes their gradient in the inputs' dtype ([N, S] with S * N bounded); two matrix products
-of torch consume it. Sums run in a fixed order and nothing is atomic, so results repeat bit for bit.
-
-Shapes: N rows, H hidden, V vocabulary, S vocabulary slice, P splits; tiles M x W, depth D.
+A program owns a block of rows and a range of the vocabulary. Because the reference of a row is known before its logits,
+there is no running maximum: each logit costs one exponential, and each program's sum is plain. What is stored are the
+odds exp(z - reference), which backward consumes as they are: the factor of a row is applied to x and to x's gradient.
+Where no odds were kept the same kernel, referred to lse, writes the gradient itself. Tiles come and go through tensor
+descriptors (TMA on Hopper and later). Sums run in a fixed order and nothing is atomic, so results repeat bit for bit.
+Shapes: C rows, H hidden, V vocabulary, P splits of the vocabulary; tiles M x W, depth D.
 """
 
 # Triton reads a kernel's annotations as its own, so kernels carry none.
@@ -17,233 +17,269 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vae_kernels.linear_cross_entropy_options import Gradients, LossOptions, matmul_wide, row_loss
+from vae_kernels.linear_cross_entropy_options import Head, LossOptions
+from vae_kernels.linear_cross_entropy_rows import Deltas, RowTerms, Sums
+from vae_kernels.linear_cross_entropy_torch import LARGEST_SUM
+from vae_kernels.linear_cross_entropy_torch import target_logits as target_logits
 
-# Tile sizes by operand width. Not tuned: no measurement stands behind them yet.
-HALF_CONFIG = {"M": 128, "W": 128, "D": 64, "num_warps": 8, "num_stages": 3}
-SINGLE_CONFIG = {"M": 64, "W": 64, "D": 32, "num_warps": 8, "num_stages": 2}
-# Enough programs to fill a large GPU when there are few rows.
-PROGRAMS_WANTED = 256
-# Gradient of one vocabulary slice's logits.
-SLICE_BYTES = 2**26
+# Two programs of the small tile fit on an SM and hide each other's epilogue, which is short at small H. The large tile
+# reads less per product, which pays once its main loop is long. Compiled and counted, not timed: see the README.
+SMALL_TILE = {"M": 128, "W": 128, "D": 64, "num_warps": 4, "num_stages": 3}
+LARGE_TILE = {"M": 128, "W": 256, "D": 64, "num_warps": 8, "num_stages": 3}
+# The cap's slope needs the logits beside the odds: more warps, fewer registers each.
+CAPPED_TILE = SMALL_TILE | {"num_warps": 8}
+# Before Hopper operands pass through registers, and a tile must be smaller.
+AMPERE_TILE = {"M": 128, "W": 64, "D": 64, "num_warps": 8, "num_stages": 3}
+SINGLE_TILE = {"M": 64, "W": 32, "D": 16, "num_warps": 8, "num_stages": 2}
+LARGE_HIDDEN = 2048
+# Several rounds of programs on the largest GPU, so that the last round's idle processors are few.
+PROGRAMS_WANTED = 1024
+# Odds or gradients that are formed to be consumed at once.
+WORKSPACE_BYTES = 2**29
 
 
-def nll(
-    x_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    target_N: torch.Tensor,
-    options: LossOptions,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss [N], log-sum-exp [N])."""
-    (N, H), V = x_NH.shape, weight_VH.shape[0]
-    config = tile_config(x_NH.dtype)
-    tiles, row_blocks = triton.cdiv(V, config["W"]), triton.cdiv(N, config["M"])
-    per_split = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS_WANTED // max(1, row_blocks))))
-    splits = triton.cdiv(tiles, per_split)
-    ignored_N = target_N == options.ignore_index
-    sums_4PN = x_NH.new_empty(4, splits, N, dtype=torch.float32)
-    if N:
-        lce_forward_kernel[(row_blocks, splits)](
-            x_NH.contiguous(), weight_VH.contiguous(), x_NH if bias_V is None else bias_V.contiguous(),
-            target_N.masked_fill(ignored_N, -1),
-            sums_4PN[0], sums_4PN[1], sums_4PN[2], sums_4PN[3],
-            N, V, H, per_split,
-            **_constants(x_NH, bias_V, options), **config,
+def can_keep(dtype: torch.dtype, options: LossOptions) -> bool:
+    """Odds: not in float16, which ends at 65,504; not with smoothing, which shifts them by a part of their sum."""
+    return dtype != torch.float16 and not options.label_smoothing
+
+
+def row_pitch(width: int, dtype: torch.dtype) -> int:
+    """Elements from row to row: descriptors want multiples of 16 bytes."""
+    step = 16 // dtype.itemsize
+    return (width + step - 1) // step * step
+
+
+def rows_at_once(head: Head) -> int:
+    """How many rows the workspace holds, at least one."""
+    return max(1, WORKSPACE_BYTES // (head.vocab * head.x_NH.dtype.itemsize))
+
+
+def workspace(head: Head) -> torch.Tensor:
+    """Memory for a chunk of rows, [C, V], aligned for descriptors."""
+    return head.x_NH.new_empty(head.rows, row_pitch(head.vocab, head.x_NH.dtype))[:, : head.vocab]
+
+
+def sweep(head: Head, reference_C: torch.Tensor, kept_CV: torch.Tensor | None) -> Sums:
+    """See `linear_cross_entropy_rows.Backend`; what is kept are the odds."""
+    C, V = head.rows, head.vocab
+    config = tile_config(head)
+    splits, per_split = _split(head, config)
+    sums_2PC = reference_C.new_empty(2, splits, C)
+    if C:
+        constants = _constants(head, kept_CV is not None)
+        odds_kernel[(triton.cdiv(C, config["M"]), splits)](
+            *_operands(head, reference_C, kept_CV, config), *[reference_C] * 3, sums_2PC[0], sums_2PC[1],
+            C, V, head.x_NH.shape[1], per_split,
+            SUMS=True, DELTAS=False, WANT_LOGITS=head.options.label_smoothing > 0.0, **constants, **config,
         )  # fmt: skip
-    peak_PN, sum_PN, target_logit_PN, logit_sum_PN = sums_4PN
-    peak_N = peak_PN.amax(0)
-    lse_N = peak_N + torch.log((sum_PN * torch.exp(peak_PN - peak_N)).sum(0))
-    mean_N = logit_sum_PN.sum(0) / V if options.label_smoothing else None
-    return row_loss(lse_N, target_logit_PN.sum(0), mean_N, ignored_N, options), lse_N
+    rest_C = sums_2PC[0].sum(0)
+    if C:
+        config = rescue_config(config)
+        rescue_kernel[(triton.cdiv(C, config["M"]),)](
+            *_operands(head, reference_C, kept_CV, config), rest_C, C, V, head.x_NH.shape[1],
+            LIMIT=LARGEST_SUM, **constants, **config,
+        )  # fmt: skip
+    return Sums(rest_C, sums_2PC[1].sum(0) if head.options.label_smoothing else None)
 
 
-def gradients(
-    x_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    target_N: torch.Tensor,
-    lse_N: torch.Tensor,
-    grad_N: torch.Tensor,
-    options: LossOptions,
-    needs: tuple[bool, ...],
-) -> Gradients:
-    """Gradients of (x, weight, bias) for the upstream gradient of each row's loss."""
-    N, V = x_NH.shape[0], weight_VH.shape[0]
-    ignored_N = target_N == options.ignore_index
-    target_N = target_N.masked_fill(ignored_N, -1)
-    grad_N = grad_N.float().masked_fill(ignored_N, 0.0)
-    grad_x_NH = torch.zeros_like(x_NH, dtype=torch.float32) if needs[0] else None
-    grad_weight_VH = torch.zeros_like(weight_VH) if needs[1] else None
-    grad_bias_V = None if bias_V is None or not needs[2] else torch.zeros_like(bias_V)
-    width = slice_width(N, x_NH)
-    for start in range(0, V, width) if N else ():
-        stop = min(start + width, V)
-        delta_NS = _delta(x_NH, weight_VH, bias_V, target_N, lse_N, grad_N, options, start, stop)
-        if grad_x_NH is not None:
-            grad_x_NH += matmul_wide(delta_NS, weight_VH[start:stop])
-        if grad_weight_VH is not None:
-            grad_weight_VH[start:stop] = matmul_wide(delta_NS.t(), x_NH)
-        if grad_bias_V is not None:
-            grad_bias_V[start:stop] = delta_NS.sum(0, dtype=torch.float32)
-    return None if grad_x_NH is None else grad_x_NH.to(x_NH.dtype), grad_weight_VH, grad_bias_V
+def complete(head: Head, terms: RowTerms, fill_C: torch.Tensor, kept_CV: torch.Tensor) -> None:
+    """Put p_y - 1, in the odds' measure, into the targets' columns."""
+    fill_C = fill_C * torch.exp(terms.lse - terms.reference)
+    if head.options.softcap:
+        fill_C = fill_C * (1.0 - (terms.target_logit / head.options.softcap).square())
+    at = (torch.arange(head.rows, device=kept_CV.device), head.target_N.clamp(min=0))
+    filled_C = fill_C.masked_fill(head.ignored_N, 0.0).to(kept_CV.dtype)
+    # A target of another shard has no column here; word 0 keeps its odds.
+    kept_CV.index_put_(at, torch.where(head.target_N >= 0, filled_C, kept_CV[at]))
 
 
-def nll_and_gradients(
-    x_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    target_N: torch.Tensor,
-    grad_N: torch.Tensor,
-    options: LossOptions,
-    needs: tuple[bool, ...],
-) -> tuple[torch.Tensor, Gradients]:
-    """(loss [N], gradients) for upstream gradients known beforehand; the logits are formed twice."""
-    nll_N, lse_N = nll(x_NH, weight_VH, bias_V, target_N, options)
-    return nll_N, gradients(x_NH, weight_VH, bias_V, target_N, lse_N, grad_N, options, needs)
+def deltas(
+    head: Head, terms: RowTerms, how: Deltas, kept_CV: torch.Tensor | None, out_CV: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `linear_cross_entropy_rows.Backend`; kept odds are answered with as they are."""
+    if kept_CV is not None:
+        factor_C = how.factor * torch.exp(terms.reference - terms.lse)
+        return kept_CV, factor_C.masked_fill(head.ignored_N, 0.0)
+    out_CV = workspace(head) if out_CV is None else out_CV
+    config = tile_config(head)
+    splits, per_split = _split(head, config)
+    if head.rows:
+        odds_kernel[(triton.cdiv(head.rows, config["M"]), splits)](
+            *_operands(head, how.lse, out_CV, config), how.fill, how.shift, how.factor, how.lse, how.lse,
+            head.rows, head.vocab, head.x_NH.shape[1], per_split,
+            SUMS=False, DELTAS=True, WANT_LOGITS=False, **_constants(head, True), **config,
+        )  # fmt: skip
+    return out_CV, None
 
 
-def tile_config(dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch parameters for inputs of this dtype."""
-    return SINGLE_CONFIG if dtype == torch.float32 else HALF_CONFIG
+def tile_config(head: Head) -> dict[str, int]:
+    """Tile sizes and launch parameters for the operands' dtype and width and the options, on this device."""
+    x_NH = head.x_NH
+    if x_NH.dtype == torch.float32:
+        return SINGLE_TILE
+    if x_NH.device.type == "cuda" and torch.cuda.get_device_capability(x_NH.device)[0] < 9:
+        return AMPERE_TILE
+    if x_NH.shape[1] >= LARGE_HIDDEN:
+        return LARGE_TILE
+    return CAPPED_TILE if head.options.softcap else SMALL_TILE
 
 
-def slice_width(rows: int, x_NH: torch.Tensor) -> int:
-    """Vocabulary entries whose gradients for all rows fit into SLICE_BYTES: a multiple of the tile."""
-    tile = tile_config(x_NH.dtype)["W"]
-    return max(1, SLICE_BYTES // max(1, rows * x_NH.element_size()) // tile) * tile
+def rescue_config(config: dict[str, int]) -> dict[str, int]:
+    """Two sweeps in one program need room; speed does not matter."""
+    return config | {"W": min(config["W"], 64), "D": min(config["D"], 32), "num_warps": 8}
 
 
-def _delta(
-    x_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    target_N: torch.Tensor,
-    lse_N: torch.Tensor,
-    grad_N: torch.Tensor,
-    options: LossOptions,
-    start: int,
-    stop: int,
-) -> torch.Tensor:
-    """Gradient of the logits of vocabulary [start, stop), [N, S], inputs' dtype."""
-    (N, H), V = x_NH.shape, weight_VH.shape[0]
-    config = tile_config(x_NH.dtype)
-    delta_NS = x_NH.new_empty(N, stop - start)
-    lce_delta_kernel[(triton.cdiv(N, config["M"]), triton.cdiv(stop - start, config["W"]))](
-        x_NH.contiguous(), weight_VH.contiguous(), x_NH if bias_V is None else bias_V.contiguous(),
-        target_N, lse_N, grad_N, delta_NS,
-        N, V, H, start, stop - start,
-        **_constants(x_NH, bias_V, options), **config,
-    )  # fmt: skip
-    return delta_NS
+def _split(head: Head, config: dict[str, int]) -> tuple[int, int]:
+    """(splits of the vocabulary, tiles of a split)."""
+    tiles, row_blocks = triton.cdiv(head.vocab, config["W"]), triton.cdiv(head.rows, config["M"])
+    per_split = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS_WANTED // max(1, row_blocks))))
+    return triton.cdiv(tiles, per_split), per_split
 
 
-def _constants(x_NH: torch.Tensor, bias_V: torch.Tensor | None, options: LossOptions) -> dict[str, Any]:
+def _operands(
+    head: Head, reference_C: torch.Tensor, out_CV: torch.Tensor | None, config: dict[str, int]
+) -> tuple[Any, ...]:
+    """What both kernels take first; an absent tensor is any valid one, which a constant keeps them from reading."""
+    x = TensorDescriptor.from_tensor(_aligned(head.x_NH), [config["M"], config["D"]])
+    weight = TensorDescriptor.from_tensor(_aligned(head.weight_VH), [config["W"], config["D"]])
+    # The tile leaves in two halves: half the shared memory to stage them, and so a second program on the processor.
+    out = x if out_CV is None else TensorDescriptor.from_tensor(out_CV, [config["M"], config["W"] // 2])
+    return x, weight, out, reference_C if head.bias_V is None else head.bias_V, head.target_N, reference_C
+
+
+def _aligned(matrix: torch.Tensor) -> torch.Tensor:
+    """Contiguous, its rows multiples of 16 bytes: a copy with columns of zeros where the width is odd."""
+    return F.pad(matrix, (0, row_pitch(matrix.shape[1], matrix.dtype) - matrix.shape[1])).contiguous()
+
+
+def _constants(head: Head, store: bool) -> dict[str, Any]:
     # Options are constants of the kernel: a Python float argument may arrive as float64 and drag the sums
     # with it.
     return {
-        "SCALE": options.logit_scale,
-        "CAP": options.softcap or 0.0,
-        "SMOOTHING": options.label_smoothing,
-        "Z_LOSS": options.z_loss,
-        "HAS_BIAS": bias_V is not None,
+        "SCALE": head.options.logit_scale,
+        "CAP": head.options.softcap,
+        "HAS_BIAS": head.bias_V is not None,
+        "STORE": store,
         # Triton's interpreter multiplies bfloat16 bit patterns.
-        "WIDEN": x_NH.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1",
+        "WIDEN": head.x_NH.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1",
     }
 
 
 @triton.jit
 def _logits_tile(
-    x, weight, bias, row, col, N, V, H,
+    x, weight, bias, first_row, first_word, V, H,
     SCALE: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
     M: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Final logits of rows `row` and vocabulary `col` (int64), float32 [M, W]."""
+    """Final logits of M rows and W words, float32 [M, W]; descriptors give zeros beyond the ends."""
     logits = tl.zeros((M, W), tl.float32)
     for depth in tl.range(0, H, D):
-        h = depth + tl.arange(0, D)
-        a = tl.load(x + row[:, None] * H + h[None, :], mask=(row < N)[:, None] & (h < H)[None, :], other=0.0)
-        b = tl.load(weight + col[:, None] * H + h[None, :], mask=(col < V)[:, None] & (h < H)[None, :], other=0.0)
+        a = x.load([first_row, depth])
+        b = weight.load([first_word, depth])
         if WIDEN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         logits = tl.dot(a, tl.trans(b), logits, input_precision="ieee")
     if HAS_BIAS:
-        logits += tl.load(bias + col, mask=col < V, other=0.0).to(tl.float32)[None, :]
-    logits *= SCALE
+        word = first_word + tl.arange(0, W)
+        logits += tl.load(bias + word, mask=word < V, other=0.0)[None, :]
+    if SCALE != 1.0:
+        logits *= SCALE
     if CAP > 0.0:
         logits = CAP * (2.0 * tl.sigmoid(2.0 * (logits / CAP)) - 1.0)
     return logits
 
 
 @triton.jit
-def lce_forward_kernel(
-    x, weight, bias, target, peak, total, target_logit, logit_sum,
-    N, V, H, tiles_per_split,
-    SCALE: tl.constexpr, CAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr, M: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Row block `program_id(0)`, vocabulary split `program_id(1)`.
-
-    Writes each split's maximum, sum of exponentials, target logit (0 where the target lies elsewhere) and sum
-    of logits, float32 [P, N] each.
-    """
-    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    split = tl.program_id(1).to(tl.int64)
-    target_M = tl.load(target + row, mask=row < N, other=-1)
-    peak_M = tl.full((M,), float("-inf"), tl.float32)
-    total_M = tl.zeros((M,), tl.float32)
-    target_logit_M = tl.zeros((M,), tl.float32)
-    logit_sum_M = tl.zeros((M,), tl.float32)
-    first = split * tiles_per_split
-    for tile in tl.range(first, tl.minimum(first + tiles_per_split, tl.cdiv(V, W))):
-        col = tile * W + tl.arange(0, W)
-        z = _logits_tile(x, weight, bias, row, col, N, V, H, SCALE, CAP, HAS_BIAS, WIDEN, M, W, D)
-        known = (col < V)[None, :]
-        target_logit_M += tl.sum(tl.where(col[None, :] == target_M[:, None], z, 0.0), axis=1)
-        if SMOOTHING > 0.0:
-            logit_sum_M += tl.sum(tl.where(known, z, 0.0), axis=1)
-        z = tl.where(known, z, float("-inf"))
-        higher_M = tl.maximum(peak_M, tl.max(z, axis=1))
-        total_M = total_M * tl.exp(peak_M - higher_M) + tl.sum(tl.exp(z - higher_M[:, None]), axis=1)
-        peak_M = higher_M
-    at = split * N + row
-    tl.store(peak + at, peak_M, mask=row < N)
-    tl.store(total + at, total_M, mask=row < N)
-    tl.store(target_logit + at, target_logit_M, mask=row < N)
-    tl.store(logit_sum + at, logit_sum_M, mask=row < N)
+def _store_tile(e, z, out, first_row, first_word, CAP: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
+    """Store the tile, times the cap's slope, in two halves."""
+    if CAP > 0.0:
+        e *= 1.0 - (z / CAP) * (z / CAP)
+    low, high = tl.split(tl.permute(tl.reshape(e, (M, 2, W // 2)), (0, 2, 1)))
+    out.store([first_row, first_word], low.to(out.dtype))
+    out.store([first_row, first_word + W // 2], high.to(out.dtype))
 
 
 @triton.jit
-def lce_delta_kernel(
-    x, weight, bias, target, lse, grad, delta,
-    N, V, H, start, width,
-    SCALE: tl.constexpr, CAP: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr, M: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
+def odds_kernel(
+    x, weight, out, bias, target, reference, fill, shift, factor, rest, logit_sum, C, V, H, tiles_per_split,
+    SCALE: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr, STORE: tl.constexpr,
+    SUMS: tl.constexpr, DELTAS: tl.constexpr, WANT_LOGITS: tl.constexpr, WIDEN: tl.constexpr,
+    M: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Row block `program_id(0)`, tile `program_id(1)` of the vocabulary slice.
+    """Row block `program_id(0)`, vocabulary split `program_id(1)`.
 
-    Writes delta [N, width], the gradient of x @ weight.T + bias. Ignored rows carry target -1 and upstream
-    gradient 0.
+    SUMS: write, per split, the sums of odds and (WANT_LOGITS) of final logits, float32 [P, C] each; the target's odds
+    are 0. DELTAS: store the gradient of the logits by `Deltas`, the reference being lse, in place of the odds.
     """
-    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    local = tl.program_id(1).to(tl.int64) * W + tl.arange(0, W)
-    col = start + local
-    target_M = tl.load(target + row, mask=row < N, other=-1)
-    lse_M = tl.load(lse + row, mask=row < N, other=0.0)
-    grad_M = tl.load(grad + row, mask=row < N, other=0.0)
-    z = _logits_tile(x, weight, bias, row, col, N, V, H, SCALE, CAP, HAS_BIAS, WIDEN, M, W, D)
-    d = tl.exp(z - lse_M[:, None])
-    if Z_LOSS != 0.0:
-        d *= 1.0 + 2.0 * Z_LOSS * lse_M[:, None]
-    if SMOOTHING > 0.0:
-        d -= SMOOTHING / V
-    # The target's p - 1 is formed in float32: rounded to bfloat16 first, it would be lost for a sure target.
-    d = tl.where(col[None, :] == target_M[:, None], d - (1.0 - SMOOTHING), d)
-    if CAP > 0.0:
-        d *= 1.0 - (z / CAP) * (z / CAP)
-    d = tl.where((target_M >= 0)[:, None], d * (grad_M * SCALE)[:, None], 0.0)
-    tl.store(delta + row[:, None] * width + local[None, :], d, mask=(row < N)[:, None] & (local < width)[None, :])
+    first_row = tl.program_id(0) * M
+    row = first_row.to(tl.int64) + tl.arange(0, M)
+    target_M = tl.load(target + row, mask=row < C, other=-1).to(tl.int32)
+    reference_M = tl.load(reference + row, mask=row < C, other=float("inf"))
+    rest_M = tl.zeros((M,), tl.float32)
+    logit_sum_M = tl.zeros((M,), tl.float32)
+    if DELTAS:
+        fill_M = tl.load(fill + row, mask=row < C, other=0.0)
+        shift_M = tl.load(shift + row, mask=row < C, other=0.0)
+        factor_M = tl.load(factor + row, mask=row < C, other=0.0)
+    first = tl.program_id(1) * tiles_per_split
+    for tile in tl.range(first, tl.minimum(first + tiles_per_split, tl.cdiv(V, W))):
+        z = _logits_tile(x, weight, bias, first_row, tile * W, V, H, SCALE, CAP, HAS_BIAS, WIDEN, M, W, D)
+        word = tile * W + tl.arange(0, W)
+        e = tl.exp(z - reference_M[:, None])
+        if DELTAS:
+            e = tl.where(word[None, :] == target_M[:, None], fill_M[:, None], e - shift_M[:, None]) * factor_M[:, None]
+        if SUMS:
+            e = tl.where((word < V)[None, :] & (word[None, :] != target_M[:, None]), e, 0.0)
+            rest_M += tl.sum(e, axis=1)
+        if WANT_LOGITS:
+            logit_sum_M += tl.sum(tl.where((word < V)[None, :], z, 0.0), axis=1)
+        if STORE:
+            _store_tile(e, z, out, first_row, tile * W, CAP, M, W)
+    at = tl.program_id(1).to(tl.int64) * C + row
+    if SUMS:
+        tl.store(rest + at, rest_M, mask=row < C)
+    if WANT_LOGITS:
+        tl.store(logit_sum + at, logit_sum_M, mask=row < C)
+
+
+@triton.jit
+def rescue_kernel(
+    x, weight, out, bias, target, reference, rest, C, V, H,
+    SCALE: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr, STORE: tl.constexpr, WIDEN: tl.constexpr,
+    LIMIT: tl.constexpr, M: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Rows of block `program_id(0)` whose odds overflowed get their largest logit for a reference.
+
+    Almost always there are none and the program ends at once; the host never has to look.
+    """
+    first_row = tl.program_id(0) * M
+    row = first_row.to(tl.int64) + tl.arange(0, M)
+    known_rest_M = tl.load(rest + row, mask=row < C, other=0.0)
+    # Written so that NaN counts as lost.
+    lost_M = (known_rest_M <= LIMIT) == 0
+    if tl.max(lost_M.to(tl.int32), axis=0) > 0:
+        target_M = tl.load(target + row, mask=row < C, other=-1).to(tl.int32)
+        reference_M = tl.load(reference + row, mask=row < C, other=float("inf"))
+        peak_M = tl.full((M,), float("-inf"), tl.float32)
+        for tile in tl.range(0, tl.cdiv(V, W)):
+            z = _logits_tile(x, weight, bias, first_row, tile * W, V, H, SCALE, CAP, HAS_BIAS, WIDEN, M, W, D)
+            known = (tile * W + tl.arange(0, W) < V)[None, :]
+            peak_M = tl.maximum(peak_M, tl.max(tl.where(known, z, float("-inf")), axis=1))
+        reference_M = tl.where(lost_M, peak_M, reference_M)
+        rest_M = tl.zeros((M,), tl.float32)
+        for tile in tl.range(0, tl.cdiv(V, W)):
+            z = _logits_tile(x, weight, bias, first_row, tile * W, V, H, SCALE, CAP, HAS_BIAS, WIDEN, M, W, D)
+            word = tile * W + tl.arange(0, W)
+            other = (word < V)[None, :] & (word[None, :] != target_M[:, None])
+            e = tl.where(other, tl.exp(z - reference_M[:, None]), 0.0)
+            rest_M += tl.sum(e, axis=1)
+            if STORE:
+                _store_tile(e, z, out, first_row, tile * W, CAP, M, W)
+        tl.store(reference + row, reference_M, mask=row < C)
+        tl.store(rest + row, tl.where(lost_M, rest_M, known_rest_M), mask=row < C)

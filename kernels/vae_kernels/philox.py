@@ -15,9 +15,13 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
+
+from vae_kernels.compiled import compiled
 
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -26,6 +30,9 @@ _ROUNDS = 10
 
 STREAMS = 2**8
 SAMPLES = 2**24
+
+# Below this many numbers the seconds of compiling are not won back.
+COMPILE_ELEMENTS = 2**16
 
 Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -71,9 +78,8 @@ def philox_uniform(rng: torch.Tensor, sample_id: torch.Tensor, position: torch.T
         stream: tag in [0, 256); two streams never share a counter.
     """
     check_rng(rng, sample_id, stream)
-    tag = torch.full((), stream << 24, dtype=torch.int64, device=rng.device)
-    word, _, _, _ = _keyed_words(rng, position.long() & _WORD, sample_id, tag)
-    return unit_interval(word)
+    count = torch.broadcast_shapes(sample_id.shape, position.shape).numel()
+    return _best(_uniform, count, rng)(rng, sample_id, position, stream)
 
 
 def philox_normal(
@@ -90,6 +96,16 @@ def philox_normal(
         stream: tag in [0, 256).
     """
     check_rng(rng, sample_id_B, stream)
+    return _best(_normal, num_samples * len(sample_id_B) * dim, rng)(rng, sample_id_B, dim, num_samples, stream)
+
+
+def _uniform(rng: torch.Tensor, sample_id: torch.Tensor, position: torch.Tensor, stream: int) -> torch.Tensor:
+    tag = torch.full((), stream << 24, dtype=torch.int64, device=rng.device)
+    word, _, _, _ = _keyed_words(rng, position.long() & _WORD, sample_id, tag)
+    return unit_interval(word)
+
+
+def _normal(rng: torch.Tensor, sample_id_B: torch.Tensor, dim: int, num_samples: int, stream: int) -> torch.Tensor:
     word_0, word_1 = normal_words(rng, sample_id_B, dim, num_samples=num_samples, stream=stream)
     # In float64: torch's float32 logarithm differs in the last bit between a vector's body and its tail,
     # which would let the noise of a row depend on where in the batch the row is.
@@ -97,6 +113,15 @@ def philox_normal(
     angle = (2.0 * math.pi) * unit_interval(word_1).double()
     pairs_KBP2 = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     return pairs_KBP2.flatten(-2)[..., :dim].float()
+
+
+def _best(function: Callable[..., torch.Tensor], count: int, rng: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The function, compiled where that pays: some hundred operators become one loop, bit for bit."""
+    worth = rng.device.type == "cpu" and count >= COMPILE_ELEMENTS and not torch.compiler.is_compiling()
+    return _compiled(function) if worth else function
+
+
+_compiled = functools.cache(compiled)
 
 
 def normal_words(

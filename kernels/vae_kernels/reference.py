@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -72,6 +73,21 @@ def segment_sum(x_N: torch.Tensor, cu_seqlens_B1: torch.Tensor) -> torch.Tensor:
     """Sum of each sequence's rows, [B]."""
     offsets = cu_seqlens_B1.tolist()
     return torch.stack([x_N[a:b].sum() for a, b in itertools.pairwise(offsets)])
+
+
+def embedding_word_dropout(
+    tokens_BT: torch.Tensor,
+    weight_VE: torch.Tensor,
+    uniform_BT: torch.Tensor,
+    *,
+    rate: float,
+    unk_id: int,
+    keep_ids: Sequence[int] = (),
+) -> torch.Tensor:
+    """[B, T, E] for given noise, as a product with one-hot vectors: T positions, E embedding."""
+    kept_BT = torch.isin(tokens_BT, torch.tensor(keep_ids, dtype=tokens_BT.dtype))
+    words_BT = torch.where((uniform_BT < rate) & ~kept_BT, unk_id, tokens_BT)
+    return torch.nn.functional.one_hot(words_BT, weight_VE.shape[0]).to(weight_VE.dtype) @ weight_VE
 
 
 def _log_density(z: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:

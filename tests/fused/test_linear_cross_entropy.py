@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vae_kernels import linear_cross_entropy, linear_cross_entropy_torch, reference
+from vae_kernels import linear_cross_entropy, linear_cross_entropy_ops, linear_cross_entropy_torch, reference
 
 OPTIONS = [
     {},
@@ -23,7 +23,7 @@ OFFSETS = torch.tensor([0, 4, 4, 9, 23])
 def chunks(request, monkeypatch):
     """Each test runs with everything in one chunk and with chunks of few rows, the last one ragged."""
     if request.param:
-        monkeypatch.setattr(linear_cross_entropy_torch, "CHUNK_BYTES", 1200)
+        monkeypatch.setattr(linear_cross_entropy_torch, "WORKSPACE_BYTES", 1200)
 
 
 def make(n=23, h=7, v=29, dtype=torch.float64, bias=True, ignored=(3, 11), scale=1.0, seed=0):
@@ -146,7 +146,7 @@ def test_weight_per_sequence_without_gradients_forms_none(monkeypatch):
     def fail(*_):
         raise AssertionError("gradients were formed")
 
-    monkeypatch.setattr(linear_cross_entropy_torch, "nll_and_gradients", fail)
+    monkeypatch.setattr(linear_cross_entropy_ops, "score_and_gradients", fail)
     with torch.no_grad():
         silent = linear_cross_entropy(x, weight, target, **arguments)
     frozen = linear_cross_entropy(x.detach(), weight.detach(), target, **(arguments | {"bias": b.detach()}))

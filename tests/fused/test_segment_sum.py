@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vae_kernels import reference, resolve_backend, segment_sum
+from vae_kernels.segment_sum import _spread, _sum
 
 OFFSETS = torch.tensor([0, 3, 3, 4, 11])
 
@@ -38,6 +39,66 @@ def test_a_sequence_sums_the_same_in_any_company():
 
 def test_no_sequences():
     assert segment_sum(torch.zeros(0), torch.tensor([0])).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_summed_wide_and_rounded_once(dtype):
+    x_N = (torch.rand(3000) + 0.5).to(dtype).requires_grad_()
+    offsets = torch.tensor([0, 1000, 1000, 2990, 3000])
+    y_B = segment_sum(x_N, offsets)
+    wanted_B = reference.segment_sum(x_N.double(), offsets)
+    assert y_B.dtype == dtype
+    assert ((y_B.double() - wanted_B).abs() <= 0.51 * torch.finfo(dtype).eps * wanted_B).all()
+    (grad_N,) = torch.autograd.grad(y_B, x_N, torch.tensor([0.5, 9.0, -3.0, 0.0], dtype=dtype))
+    assert torch.equal(grad_N, torch.tensor([0.5, -3.0, 0.0]).repeat_interleave(offsets.diff()[[0, 2, 3]]).to(dtype))
+
+
+def test_strided_offsets_and_expanded_gradients():
+    x_N = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    strided = torch.stack((OFFSETS, OFFSETS), 1)[:, 0]
+    y_B = segment_sum(x_N, strided)
+    assert torch.equal(y_B, segment_sum(x_N, OFFSETS))
+    (grad_N,) = torch.autograd.grad(y_B.sum(), x_N)
+    assert (grad_N == 1).all()
+
+
+def test_nothing_uninitialised_is_read_or_left():
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    x_N = torch.randn(11, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        y_B = segment_sum(x_N, OFFSETS)
+        (grad_N,) = torch.autograd.grad(y_B.sum(), x_N)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.isfinite(y_B).all() and y_B[1] == 0 and (grad_N == 1).all()
+
+
+def test_registration():
+    x_N, y_B = torch.randn(11, requires_grad=True), torch.randn(4, requires_grad=True)
+    torch.library.opcheck(_sum, (x_N, OFFSETS, "auto"))
+    torch.library.opcheck(_spread, (y_B, OFFSETS.int(), 11, "auto"))
+
+
+def test_compiled_whole():
+    x_N = torch.randn(11, requires_grad=True)
+
+    def run(x_N, offsets_B1):
+        return segment_sum(x_N, offsets_B1).square().sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x_N, OFFSETS), run(x_N, OFFSETS))
+    assert torch.equal(*(torch.autograd.grad(y(x_N, OFFSETS), x_N)[0] for y in (compiled, run)))
+    # The offsets' values are looked at when the graph runs.
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0"):
+        compiled(x_N, OFFSETS.flip(0))
+
+
+def test_only_floating_point_vectors():
+    for x in (torch.zeros(11, dtype=torch.int64), torch.zeros(11, 2)):
+        with pytest.raises(TypeError, match=r"x must be floating point \[N\]"):
+            segment_sum(x, OFFSETS)
 
 
 @pytest.mark.parametrize("offsets", [[0, 3], [1, 11], [0, 6, 4, 11], []])

@@ -28,9 +28,9 @@ SMALL = {"M": 16, "W": 32, "D": 16, "num_warps": 4, "num_stages": 2}
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several ragged tiles, splits and vocabulary slices at a size the interpreter can afford."""
-    monkeypatch.setattr(linear_cross_entropy_triton, "HALF_CONFIG", SMALL)
-    monkeypatch.setattr(linear_cross_entropy_triton, "SINGLE_CONFIG", SMALL)
-    monkeypatch.setattr(linear_cross_entropy_triton, "SLICE_BYTES", 64 * 23 * 4)
+    for name in ("SMALL_TILE", "LARGE_TILE", "CAPPED_TILE", "SINGLE_TILE"):
+        monkeypatch.setattr(linear_cross_entropy_triton, name, SMALL)
+    monkeypatch.setattr(linear_cross_entropy_triton, "WORKSPACE_BYTES", 9 * 143 * 4)
     monkeypatch.setattr(linear_cross_entropy_triton, "PROGRAMS_WANTED", 4)
 
 

@@ -19,7 +19,7 @@ from vae_dist.data.stream.batch import Batch
 from vae_dist.data.text.special_ids import BOS_ID, PAD_ID, UNK_ID
 from vae_dist.model.lstm import LstmDecoder, LstmEncoder
 from vae_dist.model.transformer import TransformerDecoder, TransformerEncoder
-from vae_kernels import GaussianSample, gaussian_rsample_kl, linear_cross_entropy, philox_uniform
+from vae_kernels import GaussianSample, embedding_word_dropout, gaussian_rsample_kl, linear_cross_entropy
 
 LATENT_STREAM = 0
 WORD_DROPOUT_STREAM = 1
@@ -116,7 +116,7 @@ class TextVAE(nn.Module):
     def _score(
         self, batch: Batch, z_BD: torch.Tensor, rng: torch.Tensor, weight_B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x_BTE = self.dropout(self.embedding(self._decoder_input(batch, rng)))
+        x_BTE = self.dropout(self._decoder_input(batch, rng))
         hidden = self.decoder(x_BTE, z_BD.to(x_BTE.dtype), batch.lengths_B)
         hidden_NE = self.to_embedding(self.dropout(hidden.flatten(0, 1).index_select(0, batch.valid_N)))
         scored = linear_cross_entropy(
@@ -131,14 +131,18 @@ class TextVAE(nn.Module):
         return cast(tuple[torch.Tensor, torch.Tensor], scored)
 
     def _decoder_input(self, batch: Batch, rng: torch.Tensor) -> torch.Tensor:
-        """The tokens moved right behind BOS, some of them replaced by <unk> while training (word dropout)."""
-        input_BT = F.pad(batch.tokens_BT[:, :-1], (1, 0), value=BOS_ID)
-        if not self.training or self.config.word_dropout == 0.0:
-            return input_BT
-        position_T = torch.arange(input_BT.shape[1], device=input_BT.device)
-        uniform_BT = philox_uniform(rng, batch.sample_id_B[:, None], position_T, stream=WORD_DROPOUT_STREAM)
-        replaced = (uniform_BT < self.config.word_dropout) & (input_BT != BOS_ID) & (input_BT != PAD_ID)
-        return input_BT.masked_fill(replaced, UNK_ID)
+        """The tokens moved right behind BOS, embedded; while training some of them as <unk> (word dropout)."""
+        return embedding_word_dropout(
+            F.pad(batch.tokens_BT[:, :-1], (1, 0), value=BOS_ID),
+            self.embedding.weight,
+            rng,
+            batch.sample_id_B,
+            rate=self.config.word_dropout if self.training else 0.0,
+            unk_id=UNK_ID,
+            keep_ids=(BOS_ID, PAD_ID),
+            stream=WORD_DROPOUT_STREAM,
+            backend=self.kernels,
+        )
 
     def _output_weight(self) -> torch.Tensor:
         return self.embedding.weight if self.output_weight is None else self.output_weight
