@@ -36,7 +36,8 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
         choice, reason = "triton", "asked for"
     else:
         choice, reason = _automatic(tensor)
-    _log_once(choice, reason)
+    if not torch.compiler.is_compiling():
+        _log_once(choice, reason)
     return choice
 
 

@@ -14,7 +14,9 @@ _LOG = logging.getLogger("vae_kernels")
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function compiled by torch's inductor, or as it is, with a warning, where there is no working compiler."""
-    fast, failed = torch.compile(function, dynamic=True), False
+    # torch gives up on a function, without a word to its caller, after eight variants of it: dtypes, absent arguments,
+    # sizes of one. It counts over all functions with the same code unless told to isolate them.
+    fast, failed = torch.compile(function, dynamic=True, isolate_recompiles=True, recompile_limit=64), False
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
@@ -24,12 +26,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
                 return fast(*arguments, **options)
             except RuntimeError as error:
                 failed = True
-                _LOG.warning(
-                    "%s runs several times slower than it could: torch could not compile it (%s). Install a C++ "
-                    "compiler (g++).",
-                    function.__qualname__,
-                    str(error).strip().splitlines()[0],
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                _warn_once(
+                    f"{function.__qualname__} runs several times slower than it could: torch could not compile it "
+                    f"({reason}). Install a C++ compiler (g++)."
                 )
         return function(*arguments, **options)
 
     return call
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _LOG.warning(message)

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from vae_kernels.philox_triton import normal_pair, philox_uniform_pair
 
-_MAX_DIM = 8192
+_MAX_DIM = 4096
 _ELEMENTS_PER_PROGRAM = 1024
 NUM_WARPS = 4
 # Up to so many rows, programs of their own sum the KL per dimension, DIM_TILE dimensions each.
@@ -55,7 +55,7 @@ def forward(
         z_KBD, kl_B, kl_free_B, per_dim_GD, log_q_KB, log_p_KB,
         B, D, num_samples, blocks,
         STREAM=stream, HAS_PRIOR_MU=prior_mu is not None, HAS_PRIOR_LOGVAR=prior_logvar is not None,
-        HAS_FREE_BITS=free_bits is not None, ONE_LAUNCH=one_launch, **DIM_TILE, R=rows, P=pairs, num_warps=NUM_WARPS,
+        HAS_FREE_BITS=free_bits is not None, ONE_LAUNCH=one_launch, **DIM_TILE, R=rows, P=pairs, num_warps=warps(pairs),
     )  # fmt: skip
     return z_KBD, kl_B, kl_free_B, per_dim_GD[0] if one_launch else per_dim_GD.sum(0), log_q_KB, log_p_KB
 
@@ -90,7 +90,7 @@ def backward(
             B, D, num_samples,
             STREAM=stream, HAS_PRIOR_MU=prior_mu is not None, HAS_PRIOR_LOGVAR=prior_logvar is not None,
             HAS_FREE_BITS=free_bits is not None, **has, NEED_PRIOR=need_prior,
-            R=rows, P=pairs, num_warps=NUM_WARPS,
+            R=rows, P=pairs, num_warps=warps(pairs),
         )  # fmt: skip
     return tuple(grad if needed else None for grad, needed in zip((*own, *prior), needs, strict=True))
 
@@ -108,6 +108,11 @@ def block_shape(dim: int) -> tuple[int, int]:
         raise ValueError(f"the Triton kernels take 1 to {_MAX_DIM} latent dimensions, got {dim}; use backend='torch'")
     pairs = triton.next_power_of_2((dim + 1) // 2)
     return max(1, _ELEMENTS_PER_PROGRAM // (2 * pairs)), pairs
+
+
+def warps(pairs: int) -> int:
+    """More for the widest rows, whose dimensions would not fit into the registers of fewer."""
+    return max(NUM_WARPS, pairs // 128)
 
 
 def _parameters(
@@ -213,18 +218,18 @@ def gaussian_forward_kernel(
             tl.store(log_q + sample * B + row, tl.sum(q_RD, axis=1), mask=inside)
             tl.store(log_p + sample * B + row, tl.sum(p_RD, axis=1), mask=inside)
     else:
-        dim = (block - blocks) * SUM_DIMS + tl.arange(0, SUM_DIMS)
+        dim_S = (block - blocks) * SUM_DIMS + tl.arange(0, SUM_DIMS)
         sum_D = tl.zeros((SUM_DIMS,), tl.float32)
         for first in tl.range(0, B, SUM_ROWS):
-            row = first + tl.arange(0, SUM_ROWS).to(tl.int64)
-            real = tl.load(sample_id + row, mask=row < B, other=-1) >= 0
-            m, lv, pm, plv = _load_terms(
+            row_S = first + tl.arange(0, SUM_ROWS).to(tl.int64)
+            real = tl.load(sample_id + row_S, mask=row_S < B, other=-1) >= 0
+            m_S, lv_S, pm_S, plv_S = _load_terms(
                 mu, logvar, prior_mu, prior_logvar, mu_stride, logvar_stride, prior_mu_stride, prior_logvar_stride,
-                row, dim, real[:, None] & (dim < D)[None, :], HAS_PRIOR_MU, HAS_PRIOR_LOGVAR,
+                row_S, dim_S, real[:, None] & (dim_S < D)[None, :], HAS_PRIOR_MU, HAS_PRIOR_LOGVAR,
             )  # fmt: skip
-            kl_RD = 0.5 * (_exp_minus_1_minus(lv - plv) + (m - pm) * (m - pm) * tl.exp(-plv))
-            sum_D += tl.sum(kl_RD, axis=0)
-        tl.store(per_dim + dim, sum_D, mask=dim < D)
+            kl_S = 0.5 * (_exp_minus_1_minus(lv_S - plv_S) + (m_S - pm_S) * (m_S - pm_S) * tl.exp(-plv_S))
+            sum_D += tl.sum(kl_S, axis=0)
+        tl.store(per_dim + dim_S, sum_D, mask=dim_S < D)
 
 
 @triton.jit

@@ -52,8 +52,8 @@ def linear_cross_entropy(
 
     Args:
         x: [N, H], float16, bfloat16, float32 or float64.
-        weight: [V, H]; used in x's dtype (under autocast in the dtype that `F.linear` would use), its gradient is in
-            its own, not rounded in between.
+        weight: [V, H]; used in x's dtype (under autocast in the dtype that `F.linear` would use). Its gradient comes in
+            its own dtype, summed wide; on the CPU the half-precision product of each chunk of rows is rounded once.
         target: int64 [N], in [0, V) or ignore_index.
         bias: [V], any floating dtype.
         cu_seqlens: int32 or int64 [B + 1], offsets of the sequences in the rows: from 0 to N.

@@ -25,9 +25,10 @@ class LossOptions:
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
-        if not (self.softcap >= 0.0 and math.isfinite(self.softcap)):
+        # Comparisons, not math.isfinite: a compiler that traces symbolic numbers follows them.
+        if not 0.0 <= self.softcap < math.inf:
             raise ValueError(f"softcap is {self.softcap}; it must be positive and finite, or None")
-        if not (math.isfinite(self.logit_scale) and math.isfinite(self.z_loss)):
+        if not (-math.inf < self.logit_scale < math.inf and -math.inf < self.z_loss < math.inf):
             raise ValueError(f"logit_scale {self.logit_scale} and z_loss {self.z_loss} must be finite")
 
 

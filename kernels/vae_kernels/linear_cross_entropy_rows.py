@@ -207,13 +207,12 @@ def _losses(
     logit_sum_N: torch.Tensor,
 ) -> tuple[torch.Tensor, RowTerms]:
     own_N = torch.exp(target_logit_N - reference_N)
-    # log1p keeps the digits of a sure target. The other form serves the rows that had to change their reference.
-    nll_N = torch.where(
-        reference_N == target_logit_N,
-        torch.log1p(rest_N),
-        torch.log(own_N + rest_N) + (reference_N - target_logit_N),
-    ).masked_fill(head.ignored_N, 0.0)
-    lse_N = target_logit_N + nll_N
+    # log1p keeps the digits of a sure target. Rows that had to change their reference have a far one: from there lse is
+    # the exact end, and the loss the rounded one.
+    near_N, log_total_N = reference_N == target_logit_N, torch.log(own_N + rest_N)
+    lse_N = torch.where(near_N, target_logit_N + torch.log1p(rest_N), reference_N + log_total_N)
+    nll_N = torch.where(near_N, torch.log1p(rest_N), lse_N - target_logit_N).masked_fill(head.ignored_N, 0.0)
+    lse_N = torch.where(head.ignored_N, target_logit_N, lse_N)
     miss_N = (rest_N / (own_N + rest_N)).masked_fill(head.ignored_N, 0.0)
     terms = RowTerms(lse_N, miss_N, target_logit_N, reference_N)
     return regularised(head, nll_N, terms, logit_sum_N), terms
@@ -292,7 +291,7 @@ class _Gradients:
         """Of (x, weight, bias): x's and the weight's in their parameter's dtype, the bias's wide."""
         weight_VH = self.grad_weight_VH
         if weight_VH is None and self.needs[1]:
-            weight_VH = torch.zeros_like(self.head.weight_VH)
+            weight_VH = self.head.weight_VH.new_zeros(self.head.weight_VH.shape)
         return self.grad_x_NH, None if weight_VH is None else weight_VH.to(self.weight_dtype), self.grad_bias_V
 
     def _add_weight(self, x_CH: torch.Tensor, delta_CV: torch.Tensor, peak: torch.Tensor | None, only: bool) -> None:
@@ -309,7 +308,7 @@ class _Gradients:
         """Add in wide precision: a half-precision sum over chunks would lose what a long batch adds last."""
         first_chunk = self.grad_weight_VH is None
         if self.grad_weight_VH is None:
-            self.grad_weight_VH = torch.empty_like(self.head.weight_VH, dtype=self.wide)
+            self.grad_weight_VH = self.head.weight_VH.new_empty(self.head.weight_VH.shape, dtype=self.wide)
         vocab = self.head.vocab
         step = max(1, _SLICE_BYTES // (x_CH.shape[1] * x_CH.dtype.itemsize)) if self.on_cpu else vocab
         for start in range(0, vocab, step):

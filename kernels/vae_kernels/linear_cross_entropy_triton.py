@@ -4,7 +4,8 @@ A program owns a block of rows and a range of the vocabulary. Because the refere
 there is no running maximum: each logit costs one exponential, and each program's sum is plain. What is stored are the
 odds exp(z - reference), which backward consumes as they are: the factor of a row is applied to x and to x's gradient.
 Where no odds were kept the same kernel, referred to lse, writes the gradient itself. Tiles come and go through tensor
-descriptors (TMA on Hopper and later). Sums run in a fixed order and nothing is atomic, so results repeat bit for bit.
+descriptors (TMA), before Hopper through plain pointers. Sums run in a fixed order and nothing is atomic, so results
+repeat bit for bit.
 Shapes: C rows, H hidden, V vocabulary, P splits of the vocabulary; tiles M x W, depth D.
 """
 
@@ -79,7 +80,7 @@ def sweep(head: Head, reference_C: torch.Tensor, kept_CV: torch.Tensor | None) -
         )  # fmt: skip
     rest_C = sums_2PC[0].sum(0)
     if C:
-        config = rescue_config(config)
+        config = rescue_config(config, head.x_NH.device)
         rescue_kernel[(triton.cdiv(C, config["M"]),)](
             *_operands(head, reference_C, kept_CV, config), rest_C, C, V, head.x_NH.shape[1],
             LIMIT=LARGEST_SUM, **constants, **config,
@@ -122,16 +123,23 @@ def tile_config(head: Head) -> dict[str, int]:
     x_NH = head.x_NH
     if x_NH.dtype == torch.float32:
         return SINGLE_TILE
-    if x_NH.device.type == "cuda" and torch.cuda.get_device_capability(x_NH.device)[0] < 9:
+    if not has_tma(x_NH.device):
         return AMPERE_TILE
-    if x_NH.shape[1] >= LARGE_HIDDEN:
-        return LARGE_TILE
-    return CAPPED_TILE if head.options.softcap else SMALL_TILE
+    large = x_NH.shape[1] >= LARGE_HIDDEN
+    if head.options.softcap or (head.options.label_smoothing and not large):
+        return CAPPED_TILE
+    return LARGE_TILE if large else SMALL_TILE
 
 
-def rescue_config(config: dict[str, int]) -> dict[str, int]:
+def has_tma(device: torch.device) -> bool:
+    """Whether tiles move through tensor descriptors: on Hopper and later, and in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def rescue_config(config: dict[str, int], device: torch.device) -> dict[str, int]:
     """Two sweeps in one program need room; speed does not matter."""
-    return config | {"W": min(config["W"], 64), "D": min(config["D"], 32), "num_warps": 8}
+    stages = 2 if has_tma(device) else 1
+    return config | {"num_warps": 8, "W": min(config["W"], 64), "D": min(config["D"], 32), "num_stages": stages}
 
 
 def _split(head: Head, config: dict[str, int]) -> tuple[int, int]:
@@ -145,16 +153,27 @@ def _operands(
     head: Head, reference_C: torch.Tensor, out_CV: torch.Tensor | None, config: dict[str, int]
 ) -> tuple[Any, ...]:
     """What both kernels take first; an absent tensor is any valid one, which a constant keeps them from reading."""
-    x = TensorDescriptor.from_tensor(_aligned(head.x_NH), [config["M"], config["D"]])
-    weight = TensorDescriptor.from_tensor(_aligned(head.weight_VH), [config["W"], config["D"]])
-    # The tile leaves in two halves: half the shared memory to stage them, and so a second program on the processor.
-    out = x if out_CV is None else TensorDescriptor.from_tensor(out_CV, [config["M"], config["W"] // 2])
-    return x, weight, out, reference_C if head.bias_V is None else head.bias_V, head.target_N, reference_C
+    x, weight = _aligned(head.x_NH), _aligned(head.weight_VH)
+    out = x if out_CV is None else out_CV
+    pitches = (x.stride(0), weight.stride(0), out.stride(0))
+    rest = (reference_C if head.bias_V is None else head.bias_V, head.target_N, reference_C)
+    if not has_tma(head.x_NH.device):
+        return x, weight, out, *pitches, *rest
+    return (
+        TensorDescriptor.from_tensor(x, [config["M"], config["D"]]),
+        TensorDescriptor.from_tensor(weight, [config["W"], config["D"]]),
+        # The tile leaves in two halves: half the shared memory to stage them, and so a second program on the processor.
+        TensorDescriptor.from_tensor(out, [config["M"], config["D"] if out_CV is None else config["W"] // 2]),
+        *pitches,
+        *rest,
+    )
 
 
 def _aligned(matrix: torch.Tensor) -> torch.Tensor:
     """Contiguous, its rows multiples of 16 bytes: a copy with columns of zeros where the width is odd."""
-    return F.pad(matrix, (0, row_pitch(matrix.shape[1], matrix.dtype) - matrix.shape[1])).contiguous()
+    missing = row_pitch(matrix.shape[1], matrix.dtype) - matrix.shape[1]
+    # Padding by nothing would copy, too.
+    return F.pad(matrix, (0, missing)) if missing else matrix.contiguous()
 
 
 def _constants(head: Head, store: bool) -> dict[str, Any]:
@@ -165,22 +184,38 @@ def _constants(head: Head, store: bool) -> dict[str, Any]:
         "CAP": head.options.softcap,
         "HAS_BIAS": head.bias_V is not None,
         "STORE": store,
+        "TMA": has_tma(head.x_NH.device),
         # Triton's interpreter multiplies bfloat16 bit patterns.
         "WIDEN": head.x_NH.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1",
     }
 
 
 @triton.jit
+def _load_tile(
+    matrix, pitch, first_row, first_column, rows, columns, TMA: tl.constexpr, R: tl.constexpr, D: tl.constexpr
+):
+    """[R, D] of a [rows, columns] matrix, zeros beyond its ends."""
+    if TMA:
+        tile = matrix.load([first_row, first_column])
+    else:
+        row = first_row + tl.arange(0, R).to(tl.int64)
+        column = first_column + tl.arange(0, D)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        tile = tl.load(matrix + row[:, None] * pitch + column[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
 def _logits_tile(
-    x, weight, bias, first_row, first_word, V, H,
-    SCALE: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
+    x, weight, x_pitch, weight_pitch, bias, first_row, first_word, C, V, H,
+    SCALE: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr, WIDEN: tl.constexpr,
     M: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Final logits of M rows and W words, float32 [M, W]; descriptors give zeros beyond the ends."""
+    """Final logits of M rows and W words, float32 [M, W]."""
     logits = tl.zeros((M, W), tl.float32)
     for depth in tl.range(0, H, D):
-        a = x.load([first_row, depth])
-        b = weight.load([first_word, depth])
+        a = _load_tile(x, x_pitch, first_row, depth, C, H, TMA, M, D)
+        b = _load_tile(weight, weight_pitch, first_word, depth, V, H, TMA, W, D)
         if WIDEN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
@@ -196,19 +231,28 @@ def _logits_tile(
 
 
 @triton.jit
-def _store_tile(e, z, out, first_row, first_word, CAP: tl.constexpr, M: tl.constexpr, W: tl.constexpr):
-    """Store the tile, times the cap's slope, in two halves."""
+def _store_tile(
+    e, z, out, pitch, first_row, first_word, C, V,
+    CAP: tl.constexpr, TMA: tl.constexpr, M: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Store the tile, times the cap's slope."""
     if CAP > 0.0:
         e *= 1.0 - (z / CAP) * (z / CAP)
-    low, high = tl.split(tl.permute(tl.reshape(e, (M, 2, W // 2)), (0, 2, 1)))
-    out.store([first_row, first_word], low.to(out.dtype))
-    out.store([first_row, first_word + W // 2], high.to(out.dtype))
+    if TMA:
+        low, high = tl.split(tl.permute(tl.reshape(e, (M, 2, W // 2)), (0, 2, 1)))
+        out.store([first_row, first_word], low.to(out.dtype))
+        out.store([first_row, first_word + W // 2], high.to(out.dtype))
+    else:
+        row = first_row + tl.arange(0, M).to(tl.int64)
+        word = first_word + tl.arange(0, W)
+        tl.store(out + row[:, None] * pitch + word[None, :], e, mask=(row < C)[:, None] & (word < V)[None, :])
 
 
 @triton.jit
 def odds_kernel(
-    x, weight, out, bias, target, reference, fill, shift, factor, rest, logit_sum, C, V, H, tiles_per_split,
-    SCALE: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr, STORE: tl.constexpr,
+    x, weight, out, x_pitch, weight_pitch, out_pitch, bias, target, reference, fill, shift, factor, rest, logit_sum,
+    C, V, H, tiles_per_split,
+    SCALE: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr, STORE: tl.constexpr, TMA: tl.constexpr,
     SUMS: tl.constexpr, DELTAS: tl.constexpr, WANT_LOGITS: tl.constexpr, WIDEN: tl.constexpr,
     M: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +273,10 @@ def odds_kernel(
         factor_M = tl.load(factor + row, mask=row < C, other=0.0)
     first = tl.program_id(1) * tiles_per_split
     for tile in tl.range(first, tl.minimum(first + tiles_per_split, tl.cdiv(V, W))):
-        z = _logits_tile(x, weight, bias, first_row, tile * W, V, H, SCALE, CAP, HAS_BIAS, WIDEN, M, W, D)
+        z = _logits_tile(
+            x, weight, x_pitch, weight_pitch, bias, first_row, tile * W, C, V, H,
+            SCALE, CAP, HAS_BIAS, TMA, WIDEN, M, W, D,
+        )  # fmt: skip
         word = tile * W + tl.arange(0, W)
         e = tl.exp(z - reference_M[:, None])
         if DELTAS:
@@ -240,7 +287,7 @@ def odds_kernel(
         if WANT_LOGITS:
             logit_sum_M += tl.sum(tl.where((word < V)[None, :], z, 0.0), axis=1)
         if STORE:
-            _store_tile(e, z, out, first_row, tile * W, CAP, M, W)
+            _store_tile(e, z, out, out_pitch, first_row, tile * W, C, V, CAP, TMA, M, W)
     at = tl.program_id(1).to(tl.int64) * C + row
     if SUMS:
         tl.store(rest + at, rest_M, mask=row < C)
@@ -250,9 +297,9 @@ def odds_kernel(
 
 @triton.jit
 def rescue_kernel(
-    x, weight, out, bias, target, reference, rest, C, V, H,
-    SCALE: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr, STORE: tl.constexpr, WIDEN: tl.constexpr,
-    LIMIT: tl.constexpr, M: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
+    x, weight, out, x_pitch, weight_pitch, out_pitch, bias, target, reference, rest, C, V, H,
+    SCALE: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr, STORE: tl.constexpr, TMA: tl.constexpr,
+    WIDEN: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Rows of block `program_id(0)` whose odds overflowed get their largest logit for a reference.
 
@@ -268,18 +315,24 @@ def rescue_kernel(
         reference_M = tl.load(reference + row, mask=row < C, other=float("inf"))
         peak_M = tl.full((M,), float("-inf"), tl.float32)
         for tile in tl.range(0, tl.cdiv(V, W)):
-            z = _logits_tile(x, weight, bias, first_row, tile * W, V, H, SCALE, CAP, HAS_BIAS, WIDEN, M, W, D)
+            z = _logits_tile(
+                x, weight, x_pitch, weight_pitch, bias, first_row, tile * W, C, V, H,
+                SCALE, CAP, HAS_BIAS, TMA, WIDEN, M, W, D,
+            )  # fmt: skip
             known = (tile * W + tl.arange(0, W) < V)[None, :]
             peak_M = tl.maximum(peak_M, tl.max(tl.where(known, z, float("-inf")), axis=1))
         reference_M = tl.where(lost_M, peak_M, reference_M)
         rest_M = tl.zeros((M,), tl.float32)
         for tile in tl.range(0, tl.cdiv(V, W)):
-            z = _logits_tile(x, weight, bias, first_row, tile * W, V, H, SCALE, CAP, HAS_BIAS, WIDEN, M, W, D)
+            z = _logits_tile(
+                x, weight, x_pitch, weight_pitch, bias, first_row, tile * W, C, V, H,
+                SCALE, CAP, HAS_BIAS, TMA, WIDEN, M, W, D,
+            )  # fmt: skip
             word = tile * W + tl.arange(0, W)
             other = (word < V)[None, :] & (word[None, :] != target_M[:, None])
             e = tl.where(other, tl.exp(z - reference_M[:, None]), 0.0)
             rest_M += tl.sum(e, axis=1)
             if STORE:
-                _store_tile(e, z, out, first_row, tile * W, CAP, M, W)
+                _store_tile(e, z, out, out_pitch, first_row, tile * W, C, V, CAP, TMA, M, W)
         tl.store(reference + row, reference_M, mask=row < C)
         tl.store(rest + row, tl.where(lost_M, rest_M, known_rest_M), mask=row < C)

@@ -118,9 +118,12 @@ def _rows(
         gathered = _gather(torch.stack(pieces), group)
         target_logit_N = gathered[:, 1].amax(0).masked_fill(head.ignored_N, 0.0)
         # log(1 + rest) and 1 - p(target) for the odds of all ranks' words together.
-        log_odds_N = (torch.logsumexp(gathered[:, 0], 0) - target_logit_N).masked_fill(head.ignored_N, float("-inf"))
+        all_rest_N = torch.logsumexp(gathered[:, 0], 0).masked_fill(head.ignored_N, float("-inf"))
+        log_odds_N = all_rest_N - target_logit_N
         nll_N = torch.nn.functional.softplus(log_odds_N, threshold=40.0)
-        terms = RowTerms(target_logit_N + nll_N, torch.sigmoid(log_odds_N), target_logit_N, reference_N)
+        # Not target_logit + nll, which cancels where the target is hopeless.
+        lse_N = torch.logaddexp(target_logit_N, all_rest_N)
+        terms = RowTerms(lse_N, torch.sigmoid(log_odds_N), target_logit_N, reference_N)
         complete_kept(head, chosen, terms, kept)
         all_sum_N = gathered[:, 2].sum(0) if options.label_smoothing else logit_sum_N
         return regularised(head, nll_N, terms, all_sum_N), torch.stack(terms), kept_KV

@@ -25,10 +25,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"M": 16, "W": 32, "D": 16, "num_warps": 4, "num_stages": 2}
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
+@pytest.fixture(params=[True, False], ids=["descriptors", "pointers"])
+def small_tiles(request, monkeypatch):
     """Several ragged tiles, splits and vocabulary slices at a size the interpreter can afford."""
-    for name in ("SMALL_TILE", "LARGE_TILE", "CAPPED_TILE", "SINGLE_TILE"):
+    monkeypatch.setattr(linear_cross_entropy_triton, "has_tma", lambda device: request.param)
+    for name in ("SMALL_TILE", "LARGE_TILE", "CAPPED_TILE", "AMPERE_TILE", "SINGLE_TILE"):
         monkeypatch.setattr(linear_cross_entropy_triton, name, SMALL)
     monkeypatch.setattr(linear_cross_entropy_triton, "WORKSPACE_BYTES", 9 * 143 * 4)
     monkeypatch.setattr(linear_cross_entropy_triton, "PROGRAMS_WANTED", 4)
