@@ -16,7 +16,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function compiled by torch's inductor, or as it is, with a warning, where there is no working compiler."""
     # torch gives up on a function, without a word to its caller, after eight variants of it: dtypes, absent arguments,
     # sizes of one. It counts over all functions with the same code unless told to isolate them.
-    fast, failed = torch.compile(function, dynamic=True, isolate_recompiles=True, recompile_limit=64), False
+    limits: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": 64}
+    fast, failed = torch.compile(function, dynamic=True, **limits), False
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:

@@ -14,8 +14,6 @@ section 7; z-loss: Chowdhery et al., "PaLM" (2022), section 5.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from vae_kernels import linear_cross_entropy_ops as ops
@@ -91,7 +89,7 @@ def linear_cross_entropy(
         check_offsets(cu_seqlens, x.shape[0])
     elif reduction == "sequence" or weight_per_sequence is not None:
         raise ValueError("reduction='sequence' and weight_per_sequence need cu_seqlens")
-    operands, settings = (x, weight, bias, target), dataclasses.astuple(options)
+    operands, numbers = (x, weight, bias, target), options.numbers()
     chosen = resolve_backend(backend, x)
     # The sums must run in the dtypes chosen here whatever autocast would make of them.
     with torch.autocast(x.device.type, enabled=False):
@@ -99,9 +97,9 @@ def linear_cross_entropy(
             assert cu_seqlens is not None
             if reduction not in ("none", "sequence"):
                 raise ValueError(f"weight_per_sequence fixes the reduction; reduction={reduction!r} does not fit")
-            return _weighted(operands, cu_seqlens, weight_per_sequence, settings, chosen)
+            return _weighted(operands, cu_seqlens, weight_per_sequence, numbers, chosen)
         saved = max_saved_bytes if any(map(_needs_gradient, operands)) else 0
-        nll_N = ops.rows(*operands, *settings, saved, chosen)[0]
+        nll_N = ops.rows(*operands, numbers, saved, chosen)[0]
         if reduction == "sequence":
             assert cu_seqlens is not None
             return segment_sum(nll_N, cu_seqlens)
@@ -115,7 +113,7 @@ def _weighted(
     operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor],
     cu_seqlens: torch.Tensor,
     weight_per_sequence: torch.Tensor,
-    settings: tuple[int, float, float, float, float],
+    numbers: list[float],
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x, weight, bias, _ = operands
@@ -128,9 +126,9 @@ def _weighted(
     needs = [_needs_gradient(tensor) for tensor in (x, weight, bias)]
     row_weight_N = weight_B.index_select(0, segment_ids(cu_seqlens, x.shape[0]))
     if any(needs):
-        total, nll_N, *_ = ops.weighted(*operands, row_weight_N, needs, *settings, backend)
+        total, nll_N, *_ = ops.weighted(*operands, row_weight_N, needs, numbers, backend)
     else:
-        nll_N = ops.rows(*operands, *settings, 0, backend)[0]
+        nll_N = ops.rows(*operands, numbers, 0, backend)[0]
         total = (row_weight_N * nll_N).sum()
     return total, segment_sum(nll_N, cu_seqlens)
 

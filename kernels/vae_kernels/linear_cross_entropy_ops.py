@@ -1,7 +1,7 @@
 """`linear_cross_entropy.py` as operators of torch: opaque to compilers, with shapes and derivatives they can use.
 
-An operator takes and returns plain tensors and numbers; what is absent comes back as an empty tensor. Shapes: N rows, K
-rows of which something is kept, H hidden, V vocabulary.
+An operator takes and returns plain tensors and numbers: options travel as `LossOptions.numbers`, and what is absent
+comes back as an empty tensor. Shapes: N rows, K rows of which something is kept, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,40 +32,22 @@ def rows(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
+    options: list[float],
     max_saved_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(nll [N]; the row terms [4, N]; what is kept of the first rows [K, V])."""
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     with torch.autocast(x.device.type, enabled=False):
-        head = Head.of(x, weight, bias, target, options)
-        kept_KV = kept_rows(x, weight.shape[0], options, max_saved_bytes, backend)
+        head = Head.of(x, weight, bias, target, LossOptions.of(options))
+        kept_KV = kept_rows(x, weight, options, max_saved_bytes, backend)
         nll_N, terms = score(head, implementation(backend), kept_KV if len(kept_KV) else None)
     return nll_N, torch.stack(terms), kept_KV
 
 
 @rows.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    max_saved_bytes: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     nll_N = x.new_empty(x.shape[0], dtype=wide(x.dtype))
-    return nll_N, nll_N.new_empty(4, x.shape[0]), kept_rows(x, weight.shape[0], options, max_saved_bytes, backend)
+    return nll_N, nll_N.new_empty(4, x.shape[0]), kept_rows(x, weight, *settings)
 
 
 @torch.library.custom_op("vae_kernels::linear_cross_entropy_rows_backward", mutates_args=())
@@ -78,21 +60,13 @@ def rows_backward(
     terms: Tensor,
     kept: Tensor,
     needs: list[bool],
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
+    options: list[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, bias) for upstream gradients [N]."""
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     with torch.autocast(x.device.type, enabled=False):
-        head = Head.of(x, weight, bias, target, options)
-        wanted = (needs[0], needs[1], needs[2])
-        found = gradients(
-            head, implementation(backend), RowTerms(*terms), grad, wanted, weight.dtype, kept if len(kept) else None
-        )
+        head, kept_KV = Head.of(x, weight, bias, target, LossOptions.of(options)), kept if len(kept) else None
+        found = gradients(head, implementation(backend), RowTerms(*terms), grad, tuple(needs), weight.dtype, kept_KV)
     return returned_gradients(found, x, bias)
 
 
@@ -106,12 +80,7 @@ def _(
     terms: Tensor,
     kept: Tensor,
     needs: list[bool],
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    backend: str,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_gradients(x, weight, bias, needs)
 
@@ -124,19 +93,13 @@ def weighted(
     target: Tensor,
     row_weight: Tensor,
     needs: list[bool],
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
+    options: list[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum_i row_weight_i nll_i; nll [N]; gradients of that sum for x, weight, bias)."""
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     with torch.autocast(x.device.type, enabled=False):
-        head = Head.of(x, weight, bias, target, options)
-        wanted = (needs[0], needs[1], needs[2])
-        nll_N, found = score_and_gradients(head, implementation(backend), row_weight, wanted, weight.dtype)
+        head = Head.of(x, weight, bias, target, LossOptions.of(options))
+        nll_N, found = score_and_gradients(head, implementation(backend), row_weight, tuple(needs), weight.dtype)
     return (row_weight * nll_N).sum(), nll_N, *returned_gradients(found, x, bias)
 
 
@@ -148,12 +111,7 @@ def _(
     target: Tensor,
     row_weight: Tensor,
     needs: list[bool],
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    backend: str,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     nll_N = x.new_empty(x.shape[0], dtype=wide(x.dtype))
     return nll_N.new_empty(()), nll_N, *empty_gradients(x, weight, bias, needs)
@@ -169,11 +127,11 @@ def implementation(backend: str) -> Backend:
     return linear_cross_entropy_triton
 
 
-def kept_rows(x: Tensor, vocab: int, options: LossOptions, max_saved_bytes: int, backend: str) -> Tensor:
+def kept_rows(x: Tensor, weight: Tensor, options: list[float], max_saved_bytes: int, backend: str) -> Tensor:
     """Memory for what forward keeps of the first K rows, [K, V]."""
-    chosen = implementation(backend)
-    rows = rows_to_keep(x, vocab, options, max_saved_bytes, chosen)
-    return x.new_empty_strided((rows, vocab), (chosen.row_pitch(vocab, x.dtype), 1))
+    chosen, vocab = implementation(backend), weight.shape[0]
+    count = rows_to_keep(x, vocab, LossOptions.of(options), max_saved_bytes, chosen)
+    return x.new_empty_strided((count, vocab), (chosen.row_pitch(vocab, x.dtype), 1))
 
 
 def returned_gradients(found: Gradients, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,10 +154,10 @@ def empty_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[
 
 
 def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, target, *options, _, backend = inputs
+    x, weight, bias, target, options, _, backend = inputs
     _, terms, kept = output
     ctx.save_for_backward(x, weight, bias, target, terms, kept)
-    ctx.options, ctx.backend = options, backend
+    ctx.settings = options, backend
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(terms, kept)
 
@@ -207,10 +165,10 @@ def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 @first_order_only
 def _rows_derivative(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 11
+        return (None,) * 7
     needs = list(ctx.needs_input_grad[:3])
-    found = rows_backward(grad.contiguous(), *ctx.saved_tensors, needs, *ctx.options, ctx.backend)
-    return (*(part if needed else None for part, needed in zip(found, needs, strict=True)), *(None,) * 8)
+    found = rows_backward(grad.contiguous(), *ctx.saved_tensors, needs, *ctx.settings)
+    return (*(part if needed else None for part, needed in zip(found, needs, strict=True)), *(None,) * 4)
 
 
 def _weighted_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -223,14 +181,14 @@ def _weighted_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 @first_order_only
 def _weighted_derivative(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
+        return (None,) * 8
     # The usual case, and a pass over [V, H] saved where looking costs no wait (subclasses stand in for it in tracing).
     one = type(grad) is torch.Tensor and grad.device.type == "cpu" and float(grad) == 1.0
     scaled = (
         (part if one else part * grad.to(part.dtype)) if needed else None
         for part, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
     )
-    return (*scaled, *(None,) * 9)
+    return (*scaled, *(None,) * 5)
 
 
 rows.register_autograd(_rows_derivative, setup_context=_rows_context)

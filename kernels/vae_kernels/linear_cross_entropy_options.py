@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,15 @@ class LossOptions:
             raise ValueError(f"softcap is {self.softcap}; it must be positive and finite, or None")
         if not (-math.inf < self.logit_scale < math.inf and -math.inf < self.z_loss < math.inf):
             raise ValueError(f"logit_scale {self.logit_scale} and z_loss {self.z_loss} must be finite")
+
+    def numbers(self) -> list[float]:
+        """As an operator takes them."""
+        return [float(number) for number in dataclasses.astuple(self)]
+
+    @staticmethod
+    def of(numbers: Sequence[float]) -> LossOptions:
+        """From `numbers()`; an ignore_index is exact in float64."""
+        return LossOptions(int(numbers[0]), *numbers[1:])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vae_kernels.linear_cross_entropy_options import Head, LossOptions, matmul_w
 
 # Of (x, weight, bias); None where no gradient is needed.
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-Needs = tuple[bool, bool, bool]
+Needs = tuple[bool, ...]
 
 # Rows of the weight's gradient that a half-precision product on the CPU forms at a time, in bytes: what is rounded
 # and then added stays in cache.

@@ -80,7 +80,7 @@ def vocab_parallel_linear_cross_entropy(
     )
     with torch.autocast(x.device.type, enabled=False):
         return _rows(
-            x, weight, bias, target, first_word, total_vocab, *dataclasses.astuple(options),
+            x, weight, bias, target, [first_word, total_vocab], options.numbers(),
             max_saved_bytes if gradient_wanted else 0, resolve_backend(backend, x), group.group_name,
         )[0]  # fmt: skip
 
@@ -91,41 +91,31 @@ def _rows(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    first_word: int,
-    total_vocab: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
+    shard: list[int],
+    options: list[float],
     max_saved_bytes: int,
     backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(nll [N]; the row terms [4, N], the reference of which is this rank's; what is kept of the first rows)."""
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    """(nll [N]; the row terms [4, N], the reference of which is this rank's; what is kept of the first rows).
+
+    `shard` is (first word, total vocabulary).
+    """
     with torch.autocast(x.device.type, enabled=False):
-        head, chosen = _shard(x, weight, bias, target, first_word, total_vocab, options), implementation(backend)
+        head, chosen = _shard(x, weight, bias, target, shard, options), implementation(backend)
+        kept_KV = kept_rows(x, weight, options, max_saved_bytes, backend)
+        kept = kept_KV if len(kept_KV) else None
         own_N = (head.target_N >= 0) & ~head.ignored_N
         logit_N = chosen.target_logits(head)
         reference_N = logit_N.masked_fill(head.ignored_N, float("inf"))
-        kept_KV = kept_rows(x, weight.shape[0], options, max_saved_bytes, backend)
-        kept = kept_KV if len(kept_KV) else None
         rest_N, logit_sum_N = sweep_rows(head, chosen, reference_N, kept)
         log_rest_N = torch.log(rest_N) + reference_N.masked_fill(head.ignored_N, 0.0)
         pieces = [log_rest_N, logit_N.masked_fill(~own_N, float("-inf"))]
-        pieces += [logit_sum_N] if options.label_smoothing else []
+        pieces += [logit_sum_N] if head.options.label_smoothing else []
         gathered = _gather(torch.stack(pieces), group)
-        target_logit_N = gathered[:, 1].amax(0).masked_fill(head.ignored_N, 0.0)
-        # log(1 + rest) and 1 - p(target) for the odds of all ranks' words together.
-        all_rest_N = torch.logsumexp(gathered[:, 0], 0).masked_fill(head.ignored_N, float("-inf"))
-        log_odds_N = all_rest_N - target_logit_N
-        nll_N = torch.nn.functional.softplus(log_odds_N, threshold=40.0)
-        # Not target_logit + nll, which cancels where the target is hopeless.
-        lse_N = torch.logaddexp(target_logit_N, all_rest_N)
-        terms = RowTerms(lse_N, torch.sigmoid(log_odds_N), target_logit_N, reference_N)
+        nll_N, terms = _combine(head, gathered[:, 0], gathered[:, 1], reference_N)
         complete_kept(head, chosen, terms, kept)
-        all_sum_N = gathered[:, 2].sum(0) if options.label_smoothing else logit_sum_N
+        all_sum_N = gathered[:, 2].sum(0) if head.options.label_smoothing else logit_sum_N
         return regularised(head, nll_N, terms, all_sum_N), torch.stack(terms), kept_KV
 
 
@@ -135,21 +125,14 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    first_word: int,
-    total_vocab: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
+    shard: list[int],
+    options: list[float],
     max_saved_bytes: int,
     backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     nll_N = x.new_empty(x.shape[0], dtype=wide(x.dtype))
-    kept_KV = kept_rows(x, weight.shape[0], options, max_saved_bytes, backend)
-    return nll_N, nll_N.new_empty(4, x.shape[0]), kept_KV
+    return nll_N, nll_N.new_empty(4, x.shape[0]), kept_rows(x, weight, options, max_saved_bytes, backend)
 
 
 @torch.library.custom_op("vae_kernels::vocab_parallel_linear_cross_entropy_backward", mutates_args=())
@@ -162,23 +145,15 @@ def _rows_backward(
     terms: Tensor,
     kept: Tensor,
     needs: list[bool],
-    first_word: int,
-    total_vocab: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
+    shard: list[int],
+    options: list[float],
     backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (x, of all ranks' words; weight; bias) for upstream gradients [N]."""
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     with torch.autocast(x.device.type, enabled=False):
-        head, chosen = _shard(x, weight, bias, target, first_word, total_vocab, options), implementation(backend)
-        wanted = (needs[0], needs[1], needs[2])
-        known = RowTerms(*terms)
-        found = gradients(head, chosen, known, grad, wanted, weight.dtype, kept if len(kept) else None)
+        head, kept_KV = _shard(x, weight, bias, target, shard, options), kept if len(kept) else None
+        found = gradients(head, implementation(backend), RowTerms(*terms), grad, tuple(needs), weight.dtype, kept_KV)
         if found[0] is not None:
             # Summed wide: a rank's part may cancel another's.
             whole = found[0].to(wide(x.dtype))
@@ -197,33 +172,32 @@ def _(
     terms: Tensor,
     kept: Tensor,
     needs: list[bool],
-    first_word: int,
-    total_vocab: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    backend: str,
-    group: str,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_gradients(x, weight, bias, needs)
 
 
 def _shard(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    first_word: int,
-    total_vocab: int,
-    options: LossOptions,
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, shard: list[int], options: list[float]
 ) -> Head:
     """The head of this rank's words: targets of other ranks are -1."""
-    head = Head.of(x, weight, bias, target, options, total_vocab)
+    first_word, total_vocab = shard
+    head = Head.of(x, weight, bias, target, LossOptions.of(options), total_vocab)
     local_N = head.target_N - first_word
     here_N = (local_N >= 0) & (local_N < weight.shape[0])
     return dataclasses.replace(head, target_N=torch.where(here_N, local_N, -1))
+
+
+def _combine(head: Head, log_rest_RN: Tensor, target_logit_RN: Tensor, reference_N: Tensor) -> tuple[Tensor, RowTerms]:
+    """(-log p(target) [N], terms) from what the R ranks know."""
+    target_logit_N = target_logit_RN.amax(0).masked_fill(head.ignored_N, 0.0)
+    # log(1 + rest) and 1 - p(target) for the odds of all ranks' words together.
+    log_rest_N = torch.logsumexp(log_rest_RN, 0).masked_fill(head.ignored_N, float("-inf"))
+    log_odds_N = log_rest_N - target_logit_N
+    nll_N = torch.nn.functional.softplus(log_odds_N, threshold=40.0)
+    # Not target_logit + nll, which cancels where the target is hopeless.
+    lse_N = torch.logaddexp(target_logit_N, log_rest_N)
+    return nll_N, RowTerms(lse_N, torch.sigmoid(log_odds_N), target_logit_N, reference_N)
 
 
 def _gather(pieces: Tensor, group: str) -> Tensor:
@@ -237,10 +211,10 @@ def _gather(pieces: Tensor, group: str) -> Tensor:
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, target, *settings, _, backend, group = inputs
+    x, weight, bias, target, shard, options, _, backend, group = inputs
     _, terms, kept = output
     ctx.save_for_backward(x, weight, bias, target, terms, kept)
-    ctx.settings = (*settings, backend, group)
+    ctx.settings = shard, options, backend, group
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(terms, kept)
 
@@ -248,10 +222,10 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Te
 @first_order_only
 def _derivative(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 14
+        return (None,) * 9
     needs = list(ctx.needs_input_grad[:3])
     found = _rows_backward(grad.contiguous(), *ctx.saved_tensors, needs, *ctx.settings)
-    return (*(part if needed else None for part, needed in zip(found, needs, strict=True)), *(None,) * 11)
+    return (*(part if needed else None for part, needed in zip(found, needs, strict=True)), *(None,) * 6)
 
 
 _rows.register_autograd(_derivative, setup_context=_context)

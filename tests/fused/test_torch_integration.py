@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from vae_kernels import linear_cross_entropy, linear_cross_entropy_ops, linear_cross_entropy_torch, reference
 
 # ignore_index, label_smoothing, z_loss, softcap, logit_scale.
-SETTINGS = [(-100, 0.0, 0.0, 0.0, 1.0), (-100, 0.1, 1e-2, 3.0, 0.7)]
+SETTINGS = [[-100.0, 0.0, 0.0, 0.0, 1.0], [-100.0, 0.1, 1e-2, 3.0, 0.7]]
 WEIGHT_B = torch.tensor([0.5, 3.0, -1.25, 0.25])
 ROW_WEIGHT = WEIGHT_B.repeat_interleave(OFFSETS.diff())
 # Bytes of seven rows of 29 float32 logits: part of the 23 rows is kept.
@@ -71,12 +71,12 @@ def assert_equal(actual, wanted):
 )
 def test_rows_operator_and_its_backward(settings, saved, bias):
     x, weight, target, b = make(dtype=torch.float32, bias=bias)
-    opcheck(linear_cross_entropy_ops.rows, (x, weight, b, target, *settings, saved, "torch"))
+    opcheck(linear_cross_entropy_ops.rows, (x, weight, b, target, settings, saved, "torch"))
     x, weight, b = plain(x, weight, b)
-    _, terms, kept = linear_cross_entropy_ops.rows(x, weight, b, target, *settings, saved, "torch")
+    _, terms, kept = linear_cross_entropy_ops.rows(x, weight, b, target, settings, saved, "torch")
     assert len(kept) == {0: 0, SOME_ROWS: 7}.get(saved, 23)
     for needs in ([True, True, bias], [False, True, False]):
-        arguments = (upstream(23).float(), x, weight, b, target, terms, kept, needs, *settings, "torch")
+        arguments = (upstream(23).float(), x, weight, b, target, terms, kept, needs, settings, "torch")
         opcheck(linear_cross_entropy_ops.rows_backward, arguments)
 
 
@@ -88,7 +88,7 @@ def test_weighted_operator(bias, settings):
         tensors = [
             None if t is None else t.detach().requires_grad_(n) for t, n in zip((x, weight, b), needs, strict=True)
         ]
-        arguments = (*tensors, target, ROW_WEIGHT, needs, *settings, "torch")
+        arguments = (*tensors, target, ROW_WEIGHT, needs, settings, "torch")
         opcheck(linear_cross_entropy_ops.weighted, arguments)
 
 
@@ -97,11 +97,11 @@ def test_operators_of_a_transposed_weight(n, small_chunks):
     """What compilers are told of the gradient's layout holds, whatever the weight's own."""
     x, weight, target, b = make(dtype=torch.float32)
     x, weight, b = plain(x[:n], weight.t().contiguous().t(), b)
-    _, terms, kept = linear_cross_entropy_ops.rows(x, weight, b, target[:n], *SETTINGS[1], SOME_ROWS, "torch")
+    _, terms, kept = linear_cross_entropy_ops.rows(x, weight, b, target[:n], SETTINGS[1], SOME_ROWS, "torch")
     g, needs = upstream(23)[:n].float(), [True, True, True]
-    arguments = (g, x, weight, b, target[:n], terms, kept, needs, *SETTINGS[1], "torch")
+    arguments = (g, x, weight, b, target[:n], terms, kept, needs, SETTINGS[1], "torch")
     opcheck(linear_cross_entropy_ops.rows_backward, arguments)
-    opcheck(linear_cross_entropy_ops.weighted, (x, weight, b, target[:n], g, needs, *SETTINGS[1], "torch"))
+    opcheck(linear_cross_entropy_ops.weighted, (x, weight, b, target[:n], g, needs, SETTINGS[1], "torch"))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
