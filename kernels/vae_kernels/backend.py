@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -54,6 +56,8 @@ def _why_not_triton(tensor: torch.Tensor) -> str | None:
         return "the package triton is not installed; install the version your torch is built for"
     if tensor.dtype == torch.float64:
         return "the Triton kernels take float16, bfloat16 and float32, not float64; use backend='torch'"
+    if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device)[0] < 8:
+        return "the Triton kernels need a GPU of compute capability 8.0 (Ampere) or later"
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return (
             f"the tensors are on {tensor.device.type} and Triton compiles for CUDA; move them to a GPU, use "
@@ -61,6 +65,14 @@ def _why_not_triton(tensor: torch.Tensor) -> str | None:
             "Triton's (slow) interpreter"
         )
     return None
+
+
+@contextlib.contextmanager
+def on_device_of(tensor: torch.Tensor) -> Iterator[None]:
+    """Within, kernels go to the tensor's GPU, and autocast changes no dtype that was chosen."""
+    # Triton launches on the current device, whatever its arguments are on.
+    with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+        yield
 
 
 @functools.cache

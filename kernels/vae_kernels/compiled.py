@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 _LOG = logging.getLogger("vae_kernels")
 
@@ -25,7 +26,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         if not failed:
             try:
                 return fast(*arguments, **options)
-            except RuntimeError as error:
+            except TorchDynamoException as error:
                 failed = True
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 _warn_once(

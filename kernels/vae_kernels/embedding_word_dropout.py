@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vae_kernels.autograd import first_order_only
-from vae_kernels.backend import resolve_backend
+from vae_kernels.backend import on_device_of, resolve_backend
 from vae_kernels.philox import check_rng, philox_uniform
 
 
@@ -80,7 +80,8 @@ def _embed(
     _check_range(tokens_BT, weight_VE.shape[0])
     noise = (rng, sample_id_B, rate, unk_id, tuple(keep_ids), stream)
     if resolve_backend(backend, weight_VE) == "triton":
-        return _triton().forward(tokens_BT, weight_VE, *noise)
+        with on_device_of(weight_VE):
+            return _triton().forward(tokens_BT, weight_VE, *noise)
     words_BT = _drop_words(tokens_BT, *noise)
     return weight_VE.index_select(0, words_BT.flatten()).view(*tokens_BT.shape, weight_VE.shape[1])
 
@@ -105,7 +106,8 @@ def _weight_gradient(
 ) -> torch.Tensor:
     noise = (rng, sample_id_B, rate, unk_id, tuple(keep_ids), stream)
     if resolve_backend(backend, grad_BTE) == "triton":
-        return _triton().backward(grad_BTE, tokens_BT, *noise, vocab)
+        with on_device_of(grad_BTE):
+            return _triton().backward(grad_BTE, tokens_BT, *noise, vocab)
     wide_BTE = grad_BTE.to(torch.promote_types(grad_BTE.dtype, torch.float32))
     # torch's own kernel adds a word's rows in their order, on one thread; -1: no word is padding.
     total_VE = torch.ops.aten.embedding_dense_backward(wide_BTE, _drop_words(tokens_BT, *noise), vocab, -1, False)

@@ -15,7 +15,7 @@ import torch
 
 from vae_kernels import gaussian_rsample_kl_torch
 from vae_kernels.autograd import first_order_only
-from vae_kernels.backend import resolve_backend
+from vae_kernels.backend import on_device_of, resolve_backend
 from vae_kernels.philox import SAMPLES, check_rng
 
 
@@ -77,7 +77,7 @@ def gaussian_rsample_kl(
         TypeError, ValueError: dtypes or shapes that do not fit.
         RuntimeError: backend="triton" where Triton cannot run.
     """
-    _check(mu, logvar, sample_id, num_samples, prior_mu, prior_logvar)
+    _check(mu, logvar, rng, sample_id, num_samples, prior_mu, prior_logvar)
     check_rng(rng, sample_id, stream)
     chosen = resolve_backend(backend, mu)
     return GaussianSample(
@@ -110,9 +110,10 @@ def _forward(
     stream: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    z, kl, kl_free, kl_per_dim, log_q, log_p = _implementation(backend).forward(
-        mu, logvar, prior_mu, prior_logvar, rng, sample_id, free_bits, num_samples, stream
-    )
+    with on_device_of(mu):
+        z, kl, kl_free, kl_per_dim, log_q, log_p = _implementation(backend).forward(
+            mu, logvar, prior_mu, prior_logvar, rng, sample_id, free_bits, num_samples, stream
+        )
     return z, kl, kl_free, kl_per_dim, log_q, log_p
 
 
@@ -161,10 +162,11 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of (mu, logvar, prior_mu, prior_logvar); an empty tensor where none is needed."""
     parameters = (mu, logvar, prior_mu, prior_logvar)
-    grads = _implementation(backend).backward(
-        *parameters, rng, sample_id, free_bits, num_samples, stream,
-        (grad_z, grad_kl, grad_kl_free, grad_log_q, grad_log_p), tuple(needs),
-    )  # fmt: skip
+    with on_device_of(mu):
+        grads = _implementation(backend).backward(
+            *parameters, rng, sample_id, free_bits, num_samples, stream,
+            (grad_z, grad_kl, grad_kl_free, grad_log_q, grad_log_p), tuple(needs),
+        )  # fmt: skip
     first, second, third, fourth = (
         mu.new_empty(0) if grad is None or parameter is None else grad.sum_to_size(parameter.shape).to(parameter.dtype)
         for grad, parameter in zip(grads, parameters, strict=True)
@@ -232,6 +234,7 @@ def _implementation(backend: str) -> Any:
 def _check(
     mu: torch.Tensor,
     logvar: torch.Tensor,
+    rng: torch.Tensor,
     sample_id: torch.Tensor,
     num_samples: int,
     prior_mu: torch.Tensor | None,
@@ -243,6 +246,9 @@ def _check(
         raise TypeError(f"mu and logvar must share one floating dtype, got {mu.dtype} and {logvar.dtype}")
     if sample_id.shape != mu.shape[:1]:
         raise ValueError(f"sample_id must have shape ({mu.shape[0]},), got {tuple(sample_id.shape)}")
+    for name, tensor in (("logvar", logvar), ("rng", rng), ("sample_id", sample_id)):
+        if tensor.device != mu.device:
+            raise ValueError(f"{name} is on {tensor.device} and mu on {mu.device}; move it there")
     if not 1 <= num_samples < SAMPLES:
         raise ValueError(f"num_samples is {num_samples}; it must be in [1, {SAMPLES})")
     for name, prior in (("prior_mu", prior_mu), ("prior_logvar", prior_logvar)):

@@ -131,8 +131,8 @@ def _noise(t: _Terms, rng: torch.Tensor, sample_id_B: torch.Tensor, num_samples:
 
 
 def _above(kl_BD: torch.Tensor, free_bits: torch.Tensor) -> torch.Tensor:
-    # Without free bits nothing is flat, not even a KL that rounding made zero or slightly negative.
-    return (kl_BD > free_bits) | (free_bits <= 0.0)
+    # Without free bits nothing is flat, not even a KL that rounding made zero or slightly negative; nor is NaN.
+    return ~(kl_BD <= free_bits) | (free_bits <= 0.0)
 
 
 def _kl_upstream(

@@ -51,7 +51,7 @@ def forward(
     sums = triton.cdiv(D, DIM_TILE["SUM_DIMS"]) if one_launch else 0
     gaussian_forward_kernel[(blocks + sums,)](
         *_parameters(mu_BD, logvar_BD, prior_mu, prior_logvar),
-        rng, sample_id_B.contiguous(), rng if free_bits is None else free_bits,
+        rng.contiguous(), sample_id_B.contiguous(), rng if free_bits is None else free_bits,
         z_KBD, kl_B, kl_free_B, per_dim_GD, log_q_KB, log_p_KB,
         B, D, num_samples, blocks,
         STREAM=stream, HAS_PRIOR_MU=prior_mu is not None, HAS_PRIOR_LOGVAR=prior_logvar is not None,
@@ -85,7 +85,7 @@ def backward(
     if B:
         gaussian_backward_kernel[(triton.cdiv(B, rows),)](
             *_parameters(mu_BD, logvar_BD, prior_mu, prior_logvar),
-            rng, sample_id_B.contiguous(), rng if free_bits is None else free_bits,
+            rng.contiguous(), sample_id_B.contiguous(), rng if free_bits is None else free_bits,
             *upstream_pointers, *own, *prior,
             B, D, num_samples,
             STREAM=stream, HAS_PRIOR_MU=prior_mu is not None, HAS_PRIOR_LOGVAR=prior_logvar is not None,
@@ -201,7 +201,9 @@ def gaussian_forward_kernel(
         precision = tl.exp(-plv)
         sigma = tl.exp(0.5 * lv)
         kl_RD = 0.5 * (_exp_minus_1_minus(lv - plv) + (m - pm) * (m - pm) * precision)
-        free_RD = tl.maximum(kl_RD, _floor(free_bits, HAS_FREE_BITS))
+        # Written so that NaN stays.
+        floor = _floor(free_bits, HAS_FREE_BITS)
+        free_RD = tl.where(kl_RD <= floor, floor, kl_RD)
         tl.store(kl + row, tl.sum(kl_RD, axis=1), mask=inside)
         tl.store(kl_free + row, tl.sum(tl.where(live, free_RD, 0.0), axis=1), mask=inside)
         if not ONE_LAUNCH:
@@ -263,7 +265,7 @@ def gaussian_backward_kernel(
     if HAS_GRAD_KL:
         up += tl.load(grad_kl + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     if HAS_GRAD_KL_FREE:
-        above = 0.5 * (curve + gap * gap * precision) > _floor(free_bits, HAS_FREE_BITS)
+        above = (0.5 * (curve + gap * gap * precision) <= _floor(free_bits, HAS_FREE_BITS)) == 0
         up += tl.where(above, tl.load(grad_kl_free + row, mask=inside, other=0.0).to(tl.float32)[:, None], 0.0)
     d_mu = up * gap * precision
     d_logvar = 0.5 * up * (curve + (lv - plv))

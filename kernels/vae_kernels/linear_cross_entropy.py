@@ -76,11 +76,7 @@ def linear_cross_entropy(
             torch).
         RuntimeError: backend="triton" where Triton cannot run.
     """
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None")
-    options = LossOptions(
-        ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), float(logit_scale)
-    )
+    options = LossOptions.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     x = in_autocast_dtype(x)
     check_head(x, weight, target, bias, max_saved_bytes)
     if reduction not in REDUCTIONS:
@@ -98,7 +94,7 @@ def linear_cross_entropy(
             if reduction not in ("none", "sequence"):
                 raise ValueError(f"weight_per_sequence fixes the reduction; reduction={reduction!r} does not fit")
             return _weighted(operands, cu_seqlens, weight_per_sequence, numbers, chosen)
-        saved = max_saved_bytes if any(map(_needs_gradient, operands)) else 0
+        saved = max_saved_bytes if any(map(needs_gradient, operands)) else 0
         nll_N = ops.rows(*operands, numbers, saved, chosen)[0]
         if reduction == "sequence":
             assert cu_seqlens is not None
@@ -123,7 +119,7 @@ def _weighted(
             f"got {tuple(weight_per_sequence.shape)}"
         )
     weight_B = weight_per_sequence.detach().to(wide(x.dtype))
-    needs = [_needs_gradient(tensor) for tensor in (x, weight, bias)]
+    needs = [needs_gradient(tensor) for tensor in (x, weight, bias)]
     row_weight_N = weight_B.index_select(0, segment_ids(cu_seqlens, x.shape[0]))
     if any(needs):
         total, nll_N, *_ = ops.weighted(*operands, row_weight_N, needs, numbers, backend)
@@ -133,7 +129,8 @@ def _weighted(
     return total, segment_sum(nll_N, cu_seqlens)
 
 
-def _needs_gradient(tensor: torch.Tensor | None) -> bool:
+def needs_gradient(tensor: torch.Tensor | None) -> bool:
+    """Whether autograd would ask for this tensor's gradient."""
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from vae_kernels import linear_cross_entropy_torch
 from vae_kernels.autograd import first_order_only
+from vae_kernels.backend import on_device_of
 from vae_kernels.linear_cross_entropy_options import Head, LossOptions, wide
 from vae_kernels.linear_cross_entropy_rows import (
     Backend,
@@ -37,10 +38,11 @@ def rows(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(nll [N]; the row terms [4, N]; what is kept of the first rows [K, V])."""
-    with torch.autocast(x.device.type, enabled=False):
-        head = Head.of(x, weight, bias, target, LossOptions.of(options))
+    with on_device_of(x):
+        chosen = implementation(backend)
+        head = chosen.prepared(Head.of(x, weight, bias, target, LossOptions.of(options)))
         kept_KV = kept_rows(x, weight, options, max_saved_bytes, backend)
-        nll_N, terms = score(head, implementation(backend), kept_KV if len(kept_KV) else None)
+        nll_N, terms = score(head, chosen, kept_KV if len(kept_KV) else None)
     return nll_N, torch.stack(terms), kept_KV
 
 
@@ -64,9 +66,10 @@ def rows_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, bias) for upstream gradients [N]."""
-    with torch.autocast(x.device.type, enabled=False):
-        head, kept_KV = Head.of(x, weight, bias, target, LossOptions.of(options)), kept if len(kept) else None
-        found = gradients(head, implementation(backend), RowTerms(*terms), grad, tuple(needs), weight.dtype, kept_KV)
+    with on_device_of(x):
+        chosen, kept_KV = implementation(backend), kept if len(kept) else None
+        head = chosen.prepared(Head.of(x, weight, bias, target, LossOptions.of(options)))
+        found = gradients(head, chosen, RowTerms(*terms), grad, tuple(needs), weight.dtype, kept_KV)
     return returned_gradients(found, x, bias)
 
 
@@ -97,9 +100,10 @@ def weighted(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum_i row_weight_i nll_i; nll [N]; gradients of that sum for x, weight, bias)."""
-    with torch.autocast(x.device.type, enabled=False):
-        head = Head.of(x, weight, bias, target, LossOptions.of(options))
-        nll_N, found = score_and_gradients(head, implementation(backend), row_weight, tuple(needs), weight.dtype)
+    with on_device_of(x):
+        chosen = implementation(backend)
+        head = chosen.prepared(Head.of(x, weight, bias, target, LossOptions.of(options)))
+        nll_N, found = score_and_gradients(head, chosen, row_weight, tuple(needs), weight.dtype)
     return (row_weight * nll_N).sum(), nll_N, *returned_gradients(found, x, bias)
 
 

@@ -32,6 +32,17 @@ class LossOptions:
         if not (-math.inf < self.logit_scale < math.inf and -math.inf < self.z_loss < math.inf):
             raise ValueError(f"logit_scale {self.logit_scale} and z_loss {self.z_loss} must be finite")
 
+    @staticmethod
+    def checked(
+        ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float
+    ) -> LossOptions:
+        """From a user's arguments."""
+        if softcap is not None and not softcap > 0.0:
+            raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None")
+        return LossOptions(
+            ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), float(logit_scale)
+        )
+
     def numbers(self) -> list[float]:
         """As an operator takes them."""
         return [float(number) for number in dataclasses.astuple(self)]

@@ -82,11 +82,14 @@ class Backend(Protocol):
     def row_pitch(self, vocab: int, dtype: torch.dtype) -> int:
         """Elements from row to row of what is kept."""
 
-    def rows_at_once(self, head: Head) -> int:
-        """How many rows the workspace holds, at least 1."""
+    def prepared(self, head: Head) -> Head:
+        """The operands as the backend wants them; called once an operator."""
+
+    def rows_at_once(self, head: Head, kept: bool) -> int:
+        """How many rows are worked on together, at least 1; `kept`: of those of which something was kept."""
 
     def workspace(self, head: Head) -> torch.Tensor:
-        """[C, V] for all rows of `head`, at most `rows_at_once`; overwritten by the next use."""
+        """[C, V] for all rows of `head`, at most `rows_at_once(head, kept=False)`; overwritten by the next use."""
 
     def target_logits(self, head: Head) -> torch.Tensor:
         """Final logit of each row's target, wide [N]."""
@@ -116,7 +119,7 @@ def rows_to_keep(x_NH: torch.Tensor, vocab: int, options: LossOptions, max_saved
         return 0
     # Symbolic sizes forbid min().
     rows = x_NH.shape[0]
-    fitting = max_saved_bytes // (vocab * x_NH.dtype.itemsize)
+    fitting = max_saved_bytes // (backend.row_pitch(vocab, x_NH.dtype) * x_NH.dtype.itemsize)
     return rows if rows <= fitting else fitting
 
 
@@ -176,7 +179,7 @@ def score_and_gradients(
 ) -> tuple[torch.Tensor, Gradients]:
     """(loss [N], gradients) for upstream gradients known beforehand: nothing is kept."""
     sums, nll_N = _Gradients(head, needs, weight_dtype), grad_N.new_empty(head.rows)
-    step = backend.rows_at_once(head)
+    step = backend.rows_at_once(head, kept=False)
     for start in range(0, head.rows, step):
         part = head.part(start, min(start + step, head.rows))
         buffer_CV = backend.workspace(part)
@@ -192,11 +195,12 @@ def _chunks(
     head: Head, backend: Backend, kept_KV: torch.Tensor | None
 ) -> Iterator[tuple[int, int, torch.Tensor | None]]:
     """(start, stop, memory of kept rows or None): the kept rows, then the others, as many at a time as they may."""
-    keep, step = 0 if kept_KV is None else kept_KV.shape[0], backend.rows_at_once(head)
-    for first, last in ((0, keep), (keep, head.rows)):
+    keep = 0 if kept_KV is None else kept_KV.shape[0]
+    for first, last, kept in ((0, keep, True), (keep, head.rows, False)):
+        step = backend.rows_at_once(head, kept)
         for start in range(first, last, step):
             stop = min(start + step, last)
-            yield start, stop, None if kept_KV is None or start >= keep else kept_KV[start:stop]
+            yield start, stop, kept_KV[start:stop] if kept and kept_KV is not None else None
 
 
 def _losses(
@@ -232,7 +236,7 @@ def _fill(head: Head, terms: RowTerms) -> tuple[torch.Tensor, torch.Tensor, torc
     """(fill, shift, z_slope) of `Deltas`."""
     options = head.options
     z_slope_C = 1.0 + 2.0 * options.z_loss * terms.lse
-    # It divides; a slope of exactly zero would need a z-loss of order one.
+    # It divides, and a negative z-loss can bring it to zero.
     z_slope_C = torch.where(z_slope_C.abs() < 1e-6, 1e-6, z_slope_C)
     shift_C = options.label_smoothing / head.total_vocab / z_slope_C
     # p_y - (1 - a) / z_slope without the cancellation: p_y = 1 - miss.

@@ -6,6 +6,7 @@ the products of forward. Shapes: C rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable
@@ -18,11 +19,14 @@ from vae_kernels.linear_cross_entropy_rows import Deltas, RowTerms, Sums
 
 # Large enough for few additions to the weight's gradient (each is a pass over [V, H]), small enough to keep between
 # calls: fresh pages would cost as much as a pass.
-WORKSPACE_BYTES = 2**27
+WORKSPACE_BYTES = 2**26
 # Below this many logits a pass is not worth compiling (seconds, once a process).
 COMPILE_ELEMENTS = 2**20
-# Of the sum of odds. Beyond it their reciprocals leave float32's range.
-LARGEST_SUM = 2.0**100
+# Of the sum of odds. Beyond it the factors that go with them, times a small upstream gradient, leave float32's range.
+LARGEST_SUM = 2.0**60
+
+# Of x and the targets' weights, widened at a time.
+_WIDE_ELEMENTS = 2**19
 
 _LOCAL = threading.local()
 
@@ -37,9 +41,22 @@ def row_pitch(vocab: int, dtype: torch.dtype) -> int:
     return vocab
 
 
-def rows_at_once(head: Head) -> int:
-    """How many rows' logits the workspace holds: equal shares of all rows."""
-    most = max(1, WORKSPACE_BYTES // (head.vocab * head.x_NH.dtype.itemsize))
+def prepared(head: Head) -> Head:
+    """Operands are ready as they are."""
+    return head
+
+
+def rows_at_once(head: Head, kept: bool) -> int:
+    """How many rows' logits the workspace holds: equal shares of all rows.
+
+    All of them, up to four times its size, where they take no more memory than the wide sum over chunks, [V, H], that
+    a single chunk can do without.
+    """
+    row_bytes = head.vocab * head.x_NH.dtype.itemsize
+    most = max(1, WORKSPACE_BYTES // row_bytes)
+    no_more_than_sum = head.rows * row_bytes <= 4 * head.vocab * head.x_NH.shape[1]
+    if no_more_than_sum and head.rows * row_bytes <= 4 * WORKSPACE_BYTES:
+        return max(1, head.rows)
     chunks = max(1, -(-head.rows // most))
     return max(1, -(-head.rows // chunks))
 
@@ -63,9 +80,15 @@ def target_logits(head: Head) -> torch.Tensor:
     Word 0 stands in for a target of another shard.
     """
     dtype, word_N = wide(head.x_NH.dtype), head.target_N.clamp(min=0)
-    chosen_NH = head.weight_VH.index_select(0, word_N).to(dtype)
+    logit_N = head.x_NH.new_empty(head.rows, dtype=dtype)
+    # Some rows at a time: the wide copies stay small.
+    step = max(1, _WIDE_ELEMENTS // max(1, head.x_NH.shape[1]))
+    for start in range(0, head.rows, step):
+        rows = slice(start, start + step)
+        chosen_CH = head.weight_VH.index_select(0, word_N[rows]).to(dtype)
+        logit_N[rows] = (head.x_NH[rows].to(dtype) * chosen_CH).sum(-1)
     bias_N = None if head.bias_V is None else head.bias_V.index_select(0, word_N)
-    return final_logits(torch.linalg.vecdot(head.x_NH.to(dtype), chosen_NH), bias_N, head.options)
+    return final_logits(logit_N, bias_N, head.options)
 
 
 def final_logits(logits: torch.Tensor, bias: torch.Tensor | None, options: LossOptions) -> torch.Tensor:
@@ -157,7 +180,11 @@ def _at(target_C: torch.Tensor, logits_CV: torch.Tensor) -> torch.Tensor:
 
 def _passes(head: Head, product_CV: torch.Tensor) -> _Passes:
     on_cpu = product_CV.device.type == "cpu" and product_CV.dtype != torch.float64
-    return _cached_passes(head.options, on_cpu and product_CV.numel() >= COMPILE_ELEMENTS)
+    # What the passes take from tensors must not make new ones: a z-loss may be annealed.
+    options = dataclasses.replace(
+        head.options, ignore_index=0, z_loss=0.0, label_smoothing=0.5 if head.options.label_smoothing else 0.0
+    )
+    return _cached_passes(options, on_cpu and product_CV.numel() >= COMPILE_ELEMENTS)
 
 
-_cached_passes = functools.cache(_Passes)
+_cached_passes = functools.lru_cache(maxsize=64)(_Passes)

@@ -14,6 +14,8 @@ Shapes: C rows, H hidden, V vocabulary, P splits of the vocabulary; tiles M x W,
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from typing import Any
 
@@ -55,8 +57,15 @@ def row_pitch(width: int, dtype: torch.dtype) -> int:
     return (width + step - 1) // step * step
 
 
-def rows_at_once(head: Head) -> int:
-    """How many rows the workspace holds, at least one."""
+def prepared(head: Head) -> Head:
+    """With operands that descriptors take; those whose rows do not start at multiples of 16 bytes are copied once."""
+    return dataclasses.replace(head, x_NH=_aligned(head.x_NH), weight_VH=_aligned(head.weight_VH))
+
+
+def rows_at_once(head: Head, kept: bool) -> int:
+    """How many rows the workspace holds, at least one; kept ones are consumed where they are."""
+    if kept:
+        return max(1, head.rows)
     return max(1, WORKSPACE_BYTES // (head.vocab * head.x_NH.dtype.itemsize))
 
 
@@ -83,13 +92,21 @@ def sweep(head: Head, reference_C: torch.Tensor, kept_CV: torch.Tensor | None) -
         config = rescue_config(config, head.x_NH.device)
         rescue_kernel[(triton.cdiv(C, config["M"]),)](
             *_operands(head, reference_C, kept_CV, config), rest_C, C, V, head.x_NH.shape[1],
-            LIMIT=LARGEST_SUM, **constants, **config,
+            GIVEN=False, LIMIT=LARGEST_SUM, **constants, **config,
         )  # fmt: skip
     return Sums(rest_C, sums_2PC[1].sum(0) if head.options.label_smoothing else None)
 
 
 def complete(head: Head, terms: RowTerms, fill_C: torch.Tensor, kept_CV: torch.Tensor) -> None:
     """Put p_y - 1, in the odds' measure, into the targets' columns."""
+    if head.total_vocab != head.vocab and head.rows:
+        # All that is likely may be another shard's: this one's odds would leave every range together with their factor.
+        config = rescue_config(tile_config(head), head.x_NH.device)
+        rescue_kernel[(triton.cdiv(head.rows, config["M"]),)](
+            *_operands(head, terms.reference, kept_CV, config), terms.lse.contiguous(),
+            head.rows, head.vocab, head.x_NH.shape[1],
+            GIVEN=True, LIMIT=math.log(LARGEST_SUM), **_constants(head, True), **config,
+        )  # fmt: skip
     fill_C = fill_C * torch.exp(terms.lse - terms.reference)
     if head.options.softcap:
         fill_C = fill_C * (1.0 - (terms.target_logit / head.options.softcap).square())
@@ -132,8 +149,11 @@ def tile_config(head: Head) -> dict[str, int]:
 
 
 def has_tma(device: torch.device) -> bool:
-    """Whether tiles move through tensor descriptors: on Hopper and later, and in the interpreter."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    """Whether tiles move through tensor descriptors: on Hopper and its data-center successors, and in the interpreter.
+
+    Other GPUs have less shared memory than the tiles for descriptors take.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def rescue_config(config: dict[str, int], device: torch.device) -> dict[str, int]:
@@ -153,7 +173,7 @@ def _operands(
     head: Head, reference_C: torch.Tensor, out_CV: torch.Tensor | None, config: dict[str, int]
 ) -> tuple[Any, ...]:
     """What both kernels take first; an absent tensor is any valid one, which a constant keeps them from reading."""
-    x, weight = _aligned(head.x_NH), _aligned(head.weight_VH)
+    x, weight = head.x_NH, head.weight_VH
     out = x if out_CV is None else out_CV
     pitches = (x.stride(0), weight.stride(0), out.stride(0))
     rest = (reference_C if head.bias_V is None else head.bias_V, head.target_N, reference_C)
@@ -170,10 +190,11 @@ def _operands(
 
 
 def _aligned(matrix: torch.Tensor) -> torch.Tensor:
-    """Contiguous, its rows multiples of 16 bytes: a copy with columns of zeros where the width is odd."""
-    missing = row_pitch(matrix.shape[1], matrix.dtype) - matrix.shape[1]
-    # Padding by nothing would copy, too.
-    return F.pad(matrix, (0, missing)) if missing else matrix.contiguous()
+    """The matrix with rows that start at multiples of 16 bytes; itself where they do."""
+    width, pitch = matrix.shape[1], row_pitch(matrix.shape[1], matrix.dtype)
+    if matrix.stride() == (pitch, 1) and matrix.data_ptr() % 16 == 0:
+        return matrix
+    return F.pad(matrix, (0, pitch - width))[:, :width]
 
 
 def _constants(head: Head, store: bool) -> dict[str, Any]:
@@ -226,8 +247,16 @@ def _logits_tile(
     if SCALE != 1.0:
         logits *= SCALE
     if CAP > 0.0:
-        logits = CAP * (2.0 * tl.sigmoid(2.0 * (logits / CAP)) - 1.0)
+        logits = CAP * _tanh(logits / CAP)
     return logits
+
+
+@triton.jit
+def _tanh(y):
+    """By its series near zero, where the exponential form would cancel."""
+    square = y * y
+    series = y * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
+    return tl.where(tl.abs(y) < 0.25, series, 2.0 * tl.sigmoid(2.0 * y) - 1.0)
 
 
 @triton.jit
@@ -299,28 +328,33 @@ def odds_kernel(
 def rescue_kernel(
     x, weight, out, x_pitch, weight_pitch, out_pitch, bias, target, reference, rest, C, V, H,
     SCALE: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr, STORE: tl.constexpr, TMA: tl.constexpr,
-    WIDEN: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
+    WIDEN: tl.constexpr, GIVEN: tl.constexpr, LIMIT: tl.constexpr,
+    M: tl.constexpr, W: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Rows of block `program_id(0)` whose odds overflowed get their largest logit for a reference.
+    """Rows of block `program_id(0)` whose odds overflow get another reference, and their odds are formed anew.
 
-    Almost always there are none and the program ends at once; the host never has to look.
+    Without GIVEN `rest` holds the sums: where they exceed LIMIT the reference becomes the largest logit, and `rest` is
+    replaced. With GIVEN `rest` holds references, which are taken where they exceed the row's by more than LIMIT. Almost
+    always there are none and the program ends at once; the host never has to look.
     """
     first_row = tl.program_id(0) * M
     row = first_row.to(tl.int64) + tl.arange(0, M)
-    known_rest_M = tl.load(rest + row, mask=row < C, other=0.0)
-    # Written so that NaN counts as lost.
-    lost_M = (known_rest_M <= LIMIT) == 0
+    reference_M = tl.load(reference + row, mask=row < C, other=float("inf"))
+    known_M = tl.load(rest + row, mask=row < C, other=0.0)
+    # Written so that NaN counts as lost, and an ignored row's infinite reference does not.
+    lost_M = (known_M - reference_M > LIMIT) if GIVEN else ((known_M <= LIMIT) == 0)
     if tl.max(lost_M.to(tl.int32), axis=0) > 0:
         target_M = tl.load(target + row, mask=row < C, other=-1).to(tl.int32)
-        reference_M = tl.load(reference + row, mask=row < C, other=float("inf"))
-        peak_M = tl.full((M,), float("-inf"), tl.float32)
-        for tile in tl.range(0, tl.cdiv(V, W)):
-            z = _logits_tile(
-                x, weight, x_pitch, weight_pitch, bias, first_row, tile * W, C, V, H,
-                SCALE, CAP, HAS_BIAS, TMA, WIDEN, M, W, D,
-            )  # fmt: skip
-            known = (tile * W + tl.arange(0, W) < V)[None, :]
-            peak_M = tl.maximum(peak_M, tl.max(tl.where(known, z, float("-inf")), axis=1))
+        peak_M = known_M
+        if not GIVEN:
+            peak_M = tl.full((M,), float("-inf"), tl.float32)
+            for tile in tl.range(0, tl.cdiv(V, W)):
+                z = _logits_tile(
+                    x, weight, x_pitch, weight_pitch, bias, first_row, tile * W, C, V, H,
+                    SCALE, CAP, HAS_BIAS, TMA, WIDEN, M, W, D,
+                )  # fmt: skip
+                known = (tile * W + tl.arange(0, W) < V)[None, :]
+                peak_M = tl.maximum(peak_M, tl.max(tl.where(known, z, float("-inf")), axis=1))
         reference_M = tl.where(lost_M, peak_M, reference_M)
         rest_M = tl.zeros((M,), tl.float32)
         for tile in tl.range(0, tl.cdiv(V, W)):
@@ -335,4 +369,5 @@ def rescue_kernel(
             if STORE:
                 _store_tile(e, z, out, out_pitch, first_row, tile * W, C, V, CAP, TMA, M, W)
         tl.store(reference + row, reference_M, mask=row < C)
-        tl.store(rest + row, tl.where(lost_M, rest_M, known_rest_M), mask=row < C)
+        if not GIVEN:
+            tl.store(rest + row, tl.where(lost_M, rest_M, known_M), mask=row < C)

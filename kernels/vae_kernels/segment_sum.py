@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vae_kernels.backend import resolve_backend
+from vae_kernels.backend import on_device_of, resolve_backend
 
 
 def segment_sum(x_N: torch.Tensor, cu_seqlens_B1: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -64,7 +64,8 @@ def _check_layout(cu_seqlens_B1: torch.Tensor) -> None:
 def _sum(x_N: torch.Tensor, cu_seqlens_B1: torch.Tensor, backend: str) -> torch.Tensor:
     check_offsets(cu_seqlens_B1, x_N.shape[0])
     if resolve_backend(backend, x_N) == "triton":
-        return _triton().total(x_N, cu_seqlens_B1)
+        with on_device_of(x_N):
+            return _triton().total(x_N, cu_seqlens_B1)
     wide_N = x_N.contiguous().to(torch.promote_types(x_N.dtype, torch.float32))
     return torch.segment_reduce(wide_N, "sum", offsets=cu_seqlens_B1, axis=0, initial=0).to(x_N.dtype)
 
@@ -72,7 +73,8 @@ def _sum(x_N: torch.Tensor, cu_seqlens_B1: torch.Tensor, backend: str) -> torch.
 @torch.library.custom_op("vae_kernels::segment_sum_backward", mutates_args=())
 def _spread(y_B: torch.Tensor, cu_seqlens_B1: torch.Tensor, rows: int, backend: str) -> torch.Tensor:
     if resolve_backend(backend, y_B) == "triton":
-        return _triton().spread(y_B, cu_seqlens_B1, rows)
+        with on_device_of(y_B):
+            return _triton().spread(y_B, cu_seqlens_B1, rows)
     return y_B.index_select(0, segment_ids(cu_seqlens_B1, rows))
 
 

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from vae_kernels.autograd import first_order_only
-from vae_kernels.backend import resolve_backend
-from vae_kernels.linear_cross_entropy import check_head, in_autocast_dtype
+from vae_kernels.backend import on_device_of, resolve_backend
+from vae_kernels.linear_cross_entropy import check_head, in_autocast_dtype, needs_gradient
 from vae_kernels.linear_cross_entropy_ops import empty_gradients, implementation, kept_rows, returned_gradients
 from vae_kernels.linear_cross_entropy_options import Head, LossOptions, wide
 from vae_kernels.linear_cross_entropy_rows import RowTerms, complete_kept, gradients, regularised, sweep_rows
@@ -64,25 +64,18 @@ def vocab_parallel_linear_cross_entropy(
         TypeError, ValueError: dtypes, shapes, shares or options that do not fit.
         IndexError: a target outside the whole vocabulary (found on the CPU only).
     """
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None")
-    options = LossOptions(
-        ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), float(logit_scale)
-    )
+    options = LossOptions.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     x = in_autocast_dtype(x)
     check_head(x, weight, target, bias, max_saved_bytes)
     if not 0 <= first_word <= total_vocab - weight.shape[0]:
         raise ValueError(
             f"words {first_word} to {first_word + weight.shape[0]} of this rank are not among {total_vocab} in all"
         )
-    gradient_wanted = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
-    )
-    with torch.autocast(x.device.type, enabled=False):
-        return _rows(
-            x, weight, bias, target, [first_word, total_vocab], options.numbers(),
-            max_saved_bytes if gradient_wanted else 0, resolve_backend(backend, x), group.group_name,
-        )[0]  # fmt: skip
+    gradient_wanted = any(needs_gradient(tensor) for tensor in (x, weight, bias))
+    return _rows(
+        x, weight, bias, target, [first_word, total_vocab], options.numbers(),
+        max_saved_bytes if gradient_wanted else 0, resolve_backend(backend, x), group.group_name,
+    )[0]  # fmt: skip
 
 
 @torch.library.custom_op("vae_kernels::vocab_parallel_linear_cross_entropy", mutates_args=())
@@ -101,8 +94,9 @@ def _rows(
 
     `shard` is (first word, total vocabulary).
     """
-    with torch.autocast(x.device.type, enabled=False):
-        head, chosen = _shard(x, weight, bias, target, shard, options), implementation(backend)
+    with on_device_of(x):
+        chosen = implementation(backend)
+        head = chosen.prepared(_shard(x, weight, bias, target, shard, options))
         kept_KV = kept_rows(x, weight, options, max_saved_bytes, backend)
         kept = kept_KV if len(kept_KV) else None
         own_N = (head.target_N >= 0) & ~head.ignored_N
@@ -151,9 +145,10 @@ def _rows_backward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (x, of all ranks' words; weight; bias) for upstream gradients [N]."""
-    with torch.autocast(x.device.type, enabled=False):
-        head, kept_KV = _shard(x, weight, bias, target, shard, options), kept if len(kept) else None
-        found = gradients(head, implementation(backend), RowTerms(*terms), grad, tuple(needs), weight.dtype, kept_KV)
+    with on_device_of(x):
+        chosen, kept_KV = implementation(backend), kept if len(kept) else None
+        head = chosen.prepared(_shard(x, weight, bias, target, shard, options))
+        found = gradients(head, chosen, RowTerms(*terms), grad, tuple(needs), weight.dtype, kept_KV)
         if found[0] is not None:
             # Summed wide: a rank's part may cancel another's.
             whole = found[0].to(wide(x.dtype))

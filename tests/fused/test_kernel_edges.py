@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from test_linear_cross_entropy import OPTIONS, assert_close, make, upstream
+from torch._dynamo.exc import TorchDynamoException
 
 from vae_kernels import linear_cross_entropy, linear_cross_entropy_torch, reference
 
@@ -137,7 +138,7 @@ def test_failed_compilation_falls_back_and_says_so_once(message, compiled, monke
 
     def failing(function, **_):
         def call(*_):
-            raise RuntimeError(message)
+            raise TorchDynamoException(message)
 
         return call
 
@@ -292,3 +293,12 @@ def test_ignored_rows_with_huge_logits(weighted, dtype, options, chunks):
     found = run(inputs, weighted, **options)
     assert_equal(found, clean)
     assert (found[-3][[0, 3, 11]] == 0).all()
+
+
+def test_annealed_options_compile_nothing_new(compiled):
+    linear_cross_entropy_torch._cached_passes.cache_clear()
+    inputs = make(dtype=torch.float32, ignored=())
+    for i in range(5):
+        found = run(inputs, z_loss=1e-3 * i, label_smoothing=0.1 + 0.01 * i, ignore_index=-100 - i)
+        assert torch.isfinite(found[0]).all()
+    assert linear_cross_entropy_torch._cached_passes.cache_info().currsize == 1

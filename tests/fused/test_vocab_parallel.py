@@ -42,6 +42,12 @@ def problem():
     tensors["target"][3] = -100
     tensors["x"][8] = 12.0 * tensors["weight"][int(tensors["target"][8])]
     tensors["x"][9] = -20.0 * tensors["weight"][int(tensors["target"][9])]
+    # Everything likely is in the last shard, 128 nats away from the target's in the first.
+    tensors["weight"][:, 0] = 0.0
+    tensors["weight"][-1, 0] = 8.0
+    tensors["x"][10] = 0.0
+    tensors["x"][10, 0] = 16.0
+    tensors["target"][10] = 0
     return tensors
 
 

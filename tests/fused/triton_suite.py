@@ -221,3 +221,58 @@ def test_linear_cross_entropy_sure_and_hopeless_targets(gap, small_tiles):
     rivals = 70.0 * torch.exp(torch.tensor(-gap, dtype=torch.float64)).item()
     assert nll.item() == pytest.approx(torch.tensor(rivals).log1p().item(), abs=4e-6, rel=1e-6)
     assert x.grad.item() == pytest.approx(-rivals / (1 + rivals), abs=4e-6)
+
+
+@pytest.mark.parametrize("cap", [30.0, 1e3, 1e5])
+def test_softcap_keeps_the_digits_of_logits_far_below_it(cap, small_tiles):
+    inputs = make(h=21, v=143, scale=0.5)
+    x, weight, target, b = on_device(inputs, torch.float32)
+    wide = [t.detach().cpu().double() for t in (x, weight, b)]
+    ours = linear_cross_entropy(x, weight, target, bias=b, softcap=cap, backend="triton")
+    wanted = reference.linear_cross_entropy(wide[0], wide[1], inputs[2], bias=wide[2], softcap=cap)
+    torch.testing.assert_close(ours.double().cpu(), wanted, rtol=1e-6, atol=4e-6)
+
+
+def test_operands_that_start_anywhere(small_tiles):
+    """Parameters are often views of one flat buffer."""
+    x, weight, target, b = on_device(make(h=24, v=143), torch.float32)
+    shifted = [
+        torch.cat([t.new_zeros(1), t.detach().flatten()])[1:].view(t.shape).requires_grad_() for t in (x, weight)
+    ]
+    assert all(t.data_ptr() % 16 for t in shifted)
+    ours = linear_cross_entropy(*shifted, target, bias=b, backend="triton")
+    plain = linear_cross_entropy(x, weight, target, bias=b, backend="triton")
+    assert torch.equal(ours, plain)
+    pairs = zip(torch.autograd.grad(ours.sum(), shifted), torch.autograd.grad(plain.sum(), (x, weight)), strict=True)
+    assert all(torch.equal(a, w) for a, w in pairs)
+
+
+def test_gaussian_key_may_be_strided():
+    mu = torch.zeros(3, 4, device=DEVICE)
+    ids, keys = torch.arange(3, device=DEVICE), torch.tensor([[3, 7], [5, 9]], device=DEVICE)
+    strided = gaussian_rsample_kl(mu, mu, keys[:, 0], ids, backend="triton")
+    assert torch.equal(
+        strided.z, gaussian_rsample_kl(mu, mu, torch.tensor([3, 5], device=DEVICE), ids, backend="triton").z
+    )
+
+
+def test_gaussian_of_more_rows_than_one_launch_sums_and_of_strided_halves():
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randn(4100, 6, generator=generator).to(DEVICE)
+    mu, logvar = both.chunk(2, dim=-1)
+    ids = torch.arange(4100, device=DEVICE)
+    ids[7] = -1
+    sample = gaussian_rsample_kl(mu, logvar, RNG.to(DEVICE), ids, backend="triton")
+    expected = run((mu.cpu(), logvar.cpu(), None, None, ids.cpu()))
+    for name, value in expected._asdict().items():
+        torch.testing.assert_close(
+            getattr(sample, name).cpu(), value, rtol=2e-5, atol=2e-4 if name == "kl_per_dim" else 2e-5
+        )
+
+
+def test_gaussian_free_bits_hide_no_nan():
+    mu = torch.tensor([[float("nan"), 0.0], [0.0, 0.0]], device=DEVICE)
+    ids = torch.arange(2, device=DEVICE)
+    for backend in ("triton", "torch"):
+        sample = gaussian_rsample_kl(mu, torch.zeros_like(mu), RNG.to(DEVICE), ids, free_bits=0.5, backend=backend)
+        assert torch.isnan(sample.kl_free[0]) and sample.kl_free[1] == 1.0
