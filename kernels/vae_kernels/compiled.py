@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 _LOG = logging.getLogger("vae_kernels")
 
@@ -26,7 +25,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         if not failed:
             try:
                 return fast(*arguments, **options)
-            except TorchDynamoException as error:
+            except RuntimeError as error:
+                # Here, because the import takes a second that only compiling needs.
+                from torch._dynamo.exc import TorchDynamoException
+
+                # What the function itself raises, out of memory for one, is not for another try.
+                if not isinstance(error, TorchDynamoException):
+                    raise
                 failed = True
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 _warn_once(
