@@ -222,7 +222,7 @@ class TrainConfig(Section):
     micro_batch_tokens: Positive | None = None
     """Padded tokens a worker puts through the model at once; null: its whole share of the batch."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 on GPUs that have it and on processors with AMX, else fp32."""
+    """`auto`: bf16 on GPUs that have it and on processors with AMX or AVX512-BF16, else fp32."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """Backend of the fused loss; `auto`: Triton on GPUs, torch on processors."""
     activation_checkpointing: bool = False
