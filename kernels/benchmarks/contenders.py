@@ -7,38 +7,15 @@ H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from contender import TASKS, Contender, Loss
+from gpu_peers import gpu_peers
 from problem import Inputs
 
 import vae_kernels
-
-# mean: forward and backward of the mean; per_token: of rows with an upstream gradient each; forward: mean, no gradient.
-TASKS = ("mean", "per_token", "forward")
-
-Loss = Callable[[Inputs, str], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to the loss.
-
-    Attributes:
-        dtype: of the inputs, and so of the gradients.
-        make: what it is run with, made anew for each shape and task; raises where the contender cannot run.
-        rows: [N], the loss of each row as the contender's mean forms it; None where it does not show rows.
-    """
-
-    name: str
-    dtype: torch.dtype
-    make: Callable[[], Loss]
-    tasks: tuple[str, ...] = TASKS
-    rows: Callable[[Inputs], torch.Tensor] | None = None
-    is_ours: bool = False
-
 
 # The plain form that ours is measured against, and whose error bounds ours.
 YARDSTICK = {torch.float32: "eager_fp32", torch.bfloat16: "eager_bf16_softmax_fp32"}
@@ -83,8 +60,6 @@ def contenders(device: str) -> list[Contender]:
     ]
     if device == "cuda":
         # Triton's packages are asked for only where they can run.
-        from gpu_peers import gpu_peers
-
         found += gpu_peers()
     return [*found, _ours("ours_fp32", single), _ours("ours_bf16", half)]
 

@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from contenders import Contender, Loss, step
+from contender import Contender, Loss
+from contenders import step
 from problem import Inputs
 
 SLACK = 1e-4

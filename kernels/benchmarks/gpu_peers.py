@@ -6,7 +6,7 @@ pip install liger-kernel cut-cross-entropy quack-kernels
 from __future__ import annotations
 
 import torch
-from contenders import Contender, Loss
+from contender import Contender, Loss
 from problem import Inputs
 
 _QUACK_ROWS = 4096

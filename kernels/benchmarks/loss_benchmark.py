@@ -10,7 +10,8 @@ from functools import partial
 from itertools import cycle
 
 import torch
-from contenders import TASKS, YARDSTICK, Contender, Loss, contenders, step
+from contender import TASKS, Contender, Loss
+from contenders import YARDSTICK, contenders, step
 from correctness import Errors, Reference, WrongKernelError, errors, reference, violations
 from memory import device_extra_bytes, host_extra_bytes
 from problem import DATA, Inputs, Shape, make_inputs

@@ -17,7 +17,8 @@ import threading
 from pathlib import Path
 
 import torch
-from contenders import Loss, contenders, step
+from contender import Loss
+from contenders import contenders, step
 from problem import Inputs, Shape, make_inputs, parse_shape
 
 _HERE = Path(__file__).resolve().parent

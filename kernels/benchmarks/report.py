@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from contenders import Contender
+from contender import Contender
 from loss_benchmark import Task
 from problem import Shape
 

@@ -26,7 +26,8 @@ import gaussian_benchmark  # noqa: E402
 import loss_benchmark  # noqa: E402
 import torch  # noqa: E402
 import training_step  # noqa: E402
-from contenders import TASKS, contenders  # noqa: E402
+from contender import TASKS  # noqa: E402
+from contenders import contenders  # noqa: E402
 from correctness import WrongKernelError  # noqa: E402
 from machine import describe  # noqa: E402
 from problem import Shape, parse_shape  # noqa: E402

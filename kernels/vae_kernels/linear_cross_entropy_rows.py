@@ -300,8 +300,9 @@ class _Gradients:
 
     def _add_weight(self, x_CH: torch.Tensor, delta_CV: torch.Tensor, peak: torch.Tensor | None, only: bool) -> None:
         dtype = x_CH.dtype
-        if only and peak is None and dtype == self.weight_dtype:
-            # One product over all rows: summed wide inside, rounded once.
+        # Of all rows, half precision will do, too: the product sums wide inside and is rounded once.
+        final = dtype == self.wide or (only and peak is None and dtype == self.weight_dtype)
+        if final and self.grad_weight_VH is None:
             self.grad_weight_VH = delta_CV.t() @ x_CH
         elif self.grad_weight_VH is not None and dtype == self.wide:
             self.grad_weight_VH.addmm_(delta_CV.t(), x_CH)
