@@ -115,18 +115,11 @@ def _rows(
 
 @_rows.register_fake
 def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    shard: list[int],
-    options: list[float],
-    max_saved_bytes: int,
-    backend: str,
-    group: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, shard: list[int], *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *kept_settings, _ = settings
     nll_N = x.new_empty(x.shape[0], dtype=wide(x.dtype))
-    return nll_N, nll_N.new_empty(4, x.shape[0]), kept_rows(x, weight, options, max_saved_bytes, backend)
+    return nll_N, nll_N.new_empty(4, x.shape[0]), kept_rows(x, weight, *kept_settings)
 
 
 @torch.library.custom_op("vae_kernels::vocab_parallel_linear_cross_entropy_backward", mutates_args=())
