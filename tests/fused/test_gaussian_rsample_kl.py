@@ -213,3 +213,22 @@ def test_bad_arguments_are_refused():
         gaussian_rsample_kl(zero, zero, RNG, ids, prior_mu=torch.zeros(2))
     with pytest.raises(ValueError, match="free_bits"):
         gaussian_rsample_kl(zero, zero, RNG, ids, free_bits=torch.zeros(3))
+
+
+@pytest.mark.parametrize("prior", ["none", "shared", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operator_and_one_graph(prior, dtype):
+    inputs = make_inputs(prior, dtype=dtype)
+    mu, logvar, prior_mu, prior_logvar, sample_id = inputs
+    arguments = (mu, logvar, prior_mu, prior_logvar, RNG, sample_id, torch.tensor(0.2), 2, 1, "torch")
+    torch.library.opcheck(torch.ops.vae_kernels.gaussian_rsample_kl.default, arguments)
+
+    def loss(*parameters):
+        z, kl, kl_free, _, log_q, log_p = run((*parameters, sample_id), num_samples=2, free_bits=0.2)
+        return z.float().pow(3).sum() - 2.0 * kl[0] + kl_free.square().sum() + (log_q * log_p).sum()
+
+    leaves = [p for p in inputs[:4] if p is not None]
+    eager = torch.autograd.grad(loss(*inputs[:4]), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    traced = torch.autograd.grad(compiled(*inputs[:4]), leaves)
+    assert all(torch.equal(e, t) for e, t in zip(eager, traced, strict=True))
