@@ -57,7 +57,8 @@ def slow_distribution(
     banned = {PAD_ID, BOS_ID} | (set() if allow_unknown else {UNK_ID})
     weights = {i: math.exp(v / temperature) for i, v in enumerate(logits) if i not in banned}
     total = sum(weights.values())
-    ranked = sorted(weights, key=lambda i: (-weights[i], i))
+    # Ranks are those of the float32 quotients: two weights can be equal where their logits are not.
+    ranked = sorted(weights, key=lambda i: (-np.float32(logits[i]) / np.float32(temperature), i))
     kept, mass = [], 0.0
     for token in ranked[: top_k or None]:
         if kept and mass >= top_p:
