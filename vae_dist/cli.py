@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.errors import ConfigError, RunError, VaeDistError
 from vae_dist.observe.console import INTERRUPTED, fail, say, show_log
+from vae_dist.table.command import add_table_command
 
 # Seeds are added to row numbers and must stay inside 64 bits.
 _LARGEST = 2**62
@@ -122,27 +123,29 @@ def tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from vae_dist.data.store.dataset import Dataset
-    from vae_dist.errors import DataError
-    from vae_dist.evaluate.likelihood import score_split, summarise
+    from vae_dist.engine.precision import autocast_dtype
+    from vae_dist.evaluate.whole import Evaluation, evaluate_model
     from vae_dist.export.model_dir import load_model
+    from vae_dist.observe.evaluation_page import write_evaluation
 
-    loaded, dataset = load_model(args.model), Dataset.open(args.data)
-    if dataset.tokenizer.sha256 != loaded.tokenizer.sha256:
-        raise DataError(
-            f"{args.data} was prepared with another tokenizer than {args.model} was trained with. Prepare it with "
-            f"`--tokenizer {loaded.path / 'tokenizer.json'}`."
-        )
-    scores = score_split(
-        loaded.vae,
-        dataset.split(args.split),
+    page = _new_file(args.page) if args.page else None
+    loaded = load_model(args.model)
+    wanted = Evaluation(
+        split=args.split,
         seed=args.seed,
         batch_sequences=args.batch_sequences,
-        importance_samples=args.importance_samples,
         max_sequences=args.max_sequences,
+        importance_samples=args.importance_samples,
+        fitted_prior=args.prior == "fitted",
+        autocast=autocast_dtype(args.precision, loaded.vae.output_bias.device),
+        texts=page is not None,
+        language_model=load_model(args.language_model) if args.language_model else None,
     )
-    assert scores is not None
-    head = {"model": str(loaded.path), "data": dataset.path, "split": args.split}
-    return {**head, "importance_samples": args.importance_samples, **summarise(scores)}
+    found = evaluate_model(loaded, Dataset.open(args.data), wanted)
+    if page:
+        write_evaluation(found, page)
+        say(f"page: {page}")
+    return {**found, **found.pop("scores")}
 
 
 def sample(args: argparse.Namespace) -> dict[str, Any]:
@@ -227,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_commands(commands)
     one = _command(commands, "plan", plan, "what a configuration would do")
     one.add_argument("config", nargs="*", help="CONFIG and key=value overrides, as for train")
+    add_table_command(commands)
     _command(commands, "doctor", doctor, "what is installed, and what is wrong")
     return parser
 
@@ -278,6 +282,10 @@ def _add_model_commands(commands: Any) -> None:
     one.add_argument("--importance-samples", type=_at_least(0), default=0, metavar="K")
     one.add_argument("--batch-sequences", type=_at_least(1), default=64)
     one.add_argument("--max-sequences", type=_at_least(1))
+    one.add_argument("--prior", choices=("own", "fitted"), default="own", help="fitted: the mixture fitted by EM")
+    one.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="fp32")
+    one.add_argument("--page", metavar="FILE.html", help="also measure what it writes, and write all as a page")
+    one.add_argument("--language-model", metavar="MODEL", help="with --page: judges the samples in place of n-grams")
     one.add_argument("--seed", type=_at_least(0), default=0)
     one = _command(commands, "sample", sample, "texts from the prior")
     one.add_argument("model")

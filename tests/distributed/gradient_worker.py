@@ -19,7 +19,7 @@ from vae_dist.data.store.dataset import Dataset
 from vae_dist.data.stream.stream import Stream
 from vae_dist.data.stream.training_data import order_spec
 from vae_dist.data.stream.windows import EpochWindows
-from vae_dist.engine.loop import _build
+from vae_dist.engine.run import start_engine
 from vae_dist.engine.step import TrainStep
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     for name, overrides in cases.items():
         config = load_config(None, overrides)
-        engine = _build(config, dataset.tokenizer.vocab_size, torch.device("cpu"))
+        engine = start_engine(config, dataset.tokenizer, torch.device("cpu"))
         split = dataset.split("train")
         spec = order_spec(config, split, dataset.manifest_hash)
         stream = Stream([split], EpochWindows(spec), dist.get_rank(), dist.get_world_size())

@@ -28,7 +28,7 @@ from vae_dist.objective.schedule import beta_at
 COMMON = (
     *TINY,
     "data.prepare.max_tokens=16",
-    "objective.free_bits_nats_per_dim=0.05",
+    "objective.free_bits_nats=0.05",
     "optimizer.gradient_clip_norm=0.0",
     "model.word_dropout=0.2",
 )
@@ -81,10 +81,10 @@ def reference(dataset_dir: Path) -> dict[str, torch.Tensor]:
     assert 0 < share.real_sequences < config.train.batch_sequences, "the last batch of the epoch must be ragged"
     torch.manual_seed(config.train.seed)
     vae = TextVAE(config.model, dataset.tokenizer.vocab_size)
-    objective = NegativeElbo(vae, config.objective.free_bits_nats_per_dim, None).double()
+    objective = NegativeElbo(vae, config.objective, None).double()
     rng = torch.tensor([config.train.seed, number])
     batch = collate(share.sequences, share.sample_id)
-    output = objective.vae(batch, rng, free_bits=config.objective.free_bits_nats_per_dim)
+    output = objective.vae(batch, rng, free_bits=config.objective.free_bits_nats, weight_B=batch.weight_B)
     beta = beta_at(number, 10, config.objective)
     loss = (output.weighted_rec + beta * output.latent.kl_free.sum()) / share.real_sequences
     loss.backward()

@@ -127,11 +127,11 @@ def test_triton_backend_gives_the_same_curve(
         "run.name=triton",
         "train.steps=3",
         "train.kernels=triton",
-        "objective.beta_warmup_fraction=0",
+        "objective.annealing.fraction=0.0",
         environment={"TRITON_INTERPRET": "1"},
     )
     assert done.status == 0, done.err
-    plain = train(*settings, "run.name=torch", "train.steps=3", "objective.beta_warmup_fraction=0")
+    plain = train(*settings, "run.name=torch", "train.steps=3", "objective.annealing.fraction=0.0")
     assert plain.status == 0, plain.err
     assert relative(losses(storage / "triton"), losses(storage / "torch")) < 1e-5
     assert beginning(storage / "triton")["kernels"] == "triton" and beginning(storage / "torch")["kernels"] == "torch"

@@ -30,7 +30,7 @@ TRANSFORMER = [
     f"model.{side}={{kind: transformer, hidden_dim: 16, num_layers: 2, num_heads: 2}}"
     for side in ("encoder", "decoder")
 ]
-CASES = {"lstm": [], "transformer": TRANSFORMER, "free-bits": ["objective.free_bits_nats_per_dim=0.1"]}
+CASES = {"lstm": [], "transformer": TRANSFORMER, "free-bits": ["objective.free_bits_nats=0.1"]}
 
 
 def losses(folder: Path, overrides: list[str]) -> list[float]:
@@ -42,9 +42,7 @@ def losses(folder: Path, overrides: list[str]) -> list[float]:
     split = dataset.split("train")
     stream = Stream([split], EpochWindows(order_spec(config, split, "0" * 64)), 0, 1)
     torch.manual_seed(0)
-    objective = NegativeElbo(
-        TextVAE(config.model, dataset.tokenizer.vocab_size), config.objective.free_bits_nats_per_dim, None
-    )
+    objective = NegativeElbo(TextVAE(config.model, dataset.tokenizer.vocab_size), config.objective, None)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=0.01)
     found = []
     for step in range(STEPS):

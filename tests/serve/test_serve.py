@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import RayCluster, free_port, start_command, wait_for
 
-from vae_dist.config.schema import LstmConfig, ModelConfig
+from vae_dist.config.model_schema import LstmConfig, ModelConfig
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.decode.generate import Decoding
 from vae_dist.decode.latent_ops import TextModel

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vae_dist.cli import main
-from vae_dist.config.schema import LstmConfig, ModelConfig
+from vae_dist.config.model_schema import LstmConfig, ModelConfig
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.export.model_dir import write_model
 from vae_dist.model.vae import TextVAE

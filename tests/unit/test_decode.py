@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from vae_dist.config.schema import LstmConfig, ModelConfig, PrepareConfig, TransformerConfig
+from vae_dist.config.model_schema import LstmConfig, ModelConfig, TransformerConfig
+from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.text.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from vae_dist.data.text.tokenizer import build_tokenizer
 from vae_dist.decode.generate import TOKEN_STREAM, Decoding, generate, prior_latents
@@ -42,6 +43,12 @@ class FixedLogits:
         self.seen.append(tokens_B.tolist())
         row = self.table[min(position, len(self.table) - 1)]
         return row.expand(len(tokens_B), -1).clone(), state + 1
+
+
+def standard(latent_dim: int) -> TextVAE:
+    """A VAE with a standard normal prior."""
+    part = LstmConfig(hidden_dim=4)
+    return TextVAE(ModelConfig(embedding_dim=4, encoder=part, decoder=part, latent_dim=latent_dim), 8).eval()
 
 
 def draws(logits: list[float], count: int, **options: Any) -> np.ndarray:
@@ -220,7 +227,7 @@ def test_a_seed_gives_the_same_text_alone_or_in_a_batch(model: TextModel) -> Non
 
 
 def test_a_row_shorter_than_its_company_is_not_changed_by_it(model: TextModel) -> None:
-    z_BD = prior_latents(range(20), 6)
+    z_BD = prior_latents(model.vae, range(20), 12)
     together = generate(model.vae, z_BD, range(20), Decoding(max_tokens=12))
     alone = [generate(model.vae, z_BD[i : i + 1], [i], Decoding(max_tokens=12))[0] for i in range(20)]
     assert [row.tokens for row in together] == [row.tokens for row in alone]
@@ -238,20 +245,20 @@ def test_unknown_is_written_only_when_allowed(model: TextModel) -> None:
 
 
 def test_prior_latents_are_standard_normal_and_depend_on_their_seed_alone() -> None:
-    seeds = [5, 2**40, 0, 5]
-    z_BD = prior_latents(seeds, 6)
+    vae, seeds = standard(6), [5, 2**40, 0, 5]
+    z_BD = prior_latents(vae, seeds, 12)
     assert torch.equal(z_BD[0], z_BD[3])
     for seed, z_D in zip(seeds, z_BD, strict=True):
-        assert torch.equal(prior_latents([seed], 6)[0], z_D)
-    assert torch.equal(prior_latents([5], 6, scale=0.5), 0.5 * z_BD[:1])
-    many = prior_latents(range(4000), 5)
+        assert torch.equal(prior_latents(vae, [seed], 12)[0], z_D)
+    assert torch.equal(prior_latents(vae, [5], 12, scale=0.5), 0.5 * z_BD[:1])
+    many = prior_latents(standard(5), range(4000), 12)
     assert stats.kstest(many.flatten().numpy(), "norm").pvalue > 1e-4
     correlation = np.corrcoef(many.numpy().T) - np.eye(5)
     assert np.abs(correlation).max() < 5 / 4000**0.5
 
 
 def test_latent_and_token_noise_are_independent() -> None:
-    z = prior_latents(range(4000), 1)[:, 0].numpy()
+    z = prior_latents(standard(1), range(4000), 12)[:, 0].numpy()
     uniform = philox_uniform(
         torch.zeros(2, dtype=torch.int64), torch.arange(4000), torch.tensor(0), stream=TOKEN_STREAM
     )

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vae_dist.config.schema import LstmConfig, ModelConfig, PrepareConfig, TransformerConfig
+from vae_dist.config.model_schema import LstmConfig, ModelConfig, TransformerConfig
+from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.text.tokenizer import Tokenizer, build_tokenizer
 from vae_dist.engine.checkpoint_files import (
+    FORMAT_VERSION,
     Progress,
     commit,
     damage,
@@ -181,7 +183,7 @@ def test_an_interrupted_rewrite_leaves_no_model(model_dir: Path, monkeypatch: py
         load_model(model_dir)
 
 
-def write_checkpoint(directory: Path, step: int) -> Path:
+def write_checkpoint(directory: Path, step: int, version: int = FORMAT_VERSION) -> Path:
     path = directory / f"step-{step:08d}"
     path.mkdir(parents=True)
     entries = []
@@ -191,7 +193,8 @@ def write_checkpoint(directory: Path, step: int) -> Path:
         file = path / f"state-{rank:05d}-of-00002.safetensors"
         save_file(state, file)
         entries.append(file_entry(file))
-    commit(path, {"format_version": 1, "step": step, "tokens_seen": 1000 * step}, entries)
+    progress = {"step": step, "tokens_seen": 1000 * step, "controllers": {"best": [-3.5, step]}}
+    commit(path, {"format_version": version, **progress}, entries)
     return path
 
 
@@ -199,13 +202,22 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 7)
     assert newest_whole(tmp_path) == path
     assert damage(path) is None
-    assert read_progress(path) == Progress(7, 7000)
+    assert read_progress(path) == Progress(7, 7000, {"best": [-3.5, 7]})
     states = read_states(path)
     assert sorted(states) == ["p0", "p1"]
     wanted = torch.arange(4.0) + 17
     assert states["p1"].name == "p1"
-    for got, expected in zip(states["p1"][1:], (wanted, wanted / 2, wanted**2), strict=True):
-        assert torch.equal(got, expected)
+    assert torch.equal(states["p1"].weight, wanted)
+    assert states["p1"].slots.keys() == {"exp_avg", "exp_avg_sq"}
+    assert torch.equal(states["p1"].slots["exp_avg"], wanted / 2)
+    assert torch.equal(states["p1"].slots["exp_avg_sq"], wanted**2)
+
+
+def test_a_checkpoint_of_another_version_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match="format version 1; this vae_dist reads 2"
+    ):
+        read_progress(write_checkpoint(tmp_path, 7, version=1))
 
 
 def test_the_newest_is_the_one_with_the_most_steps(tmp_path: Path) -> None:

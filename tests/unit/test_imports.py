@@ -21,7 +21,7 @@ LAYERS = [
     {"data", "model", "objective", "observe"},
     {"evaluate", "decode", "export"},
     {"engine"},
-    {"cli", "train", "launch", "serve", "doctor", "__main__", "__init__"},
+    {"cli", "train", "launch", "serve", "table", "doctor", "__main__", "__init__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vae_dist.config.schema import LstmConfig, ModelConfig, TransformerConfig
+from vae_dist.config.model_schema import LstmConfig, ModelConfig, TransformerConfig
+from vae_dist.config.objective_schema import ObjectiveConfig
 from vae_dist.data.store.sequences import Sequences
 from vae_dist.data.stream.batch import Batch, collate
 from vae_dist.data.text.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
@@ -91,7 +92,7 @@ def nll(logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
 def test_incremental_decoding_equals_teacher_forcing(decoder: str, injection: str, tie: bool) -> None:
     vae = make_vae(decoder=decoder, injection=injection, tie_embeddings=tie)
     batch, z_BD = make_batch([7, 4, 1]), torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
-    rec_B = vae(batch, RNG, z_BD=z_BD).rec_KB[0].double()
+    rec_B = vae(batch, RNG, z=z_BD).rec_KB[0].double()
     step_by_step = incremental_logits(vae, batch, z_BD)
     torch.testing.assert_close(rec_B, nll(step_by_step, batch), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(step_by_step, teacher_forced_logits(vae, batch, z_BD), atol=1e-5, rtol=1e-5)
@@ -136,7 +137,7 @@ def test_a_sequence_does_not_depend_on_its_company(encoder: str, bidirectional: 
     together = vae(batch, RNG)
     for row in range(4):
         alone = vae(row_of(batch, row), RNG)
-        for name in ("mean_BD", "logvar_BD"):
+        for name in ("mean_RD", "logvar_RD"):
             torch.testing.assert_close(getattr(alone, name)[0], getattr(together, name)[row], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(alone.rec_KB[:, 0], together.rec_KB[:, row], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(alone.latent.kl[0], together.latent.kl[row], atol=1e-5, rtol=1e-5)
@@ -151,14 +152,14 @@ def test_what_stands_in_the_padding_is_never_read(encoder: str, bidirectional: b
     junk_BT = batch.tokens_BT.masked_fill(batch.tokens_BT == PAD_ID, 17)
     assert not torch.equal(junk_BT, batch.tokens_BT)
     clean, junk = (vae(b, RNG) for b in (batch, dataclasses.replace(batch, tokens_BT=junk_BT)))
-    torch.testing.assert_close(junk.mean_BD, clean.mean_BD, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(junk.mean_RD, clean.mean_RD, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(junk.rec_KB, clean.rec_KB, atol=1e-5, rtol=1e-6)
 
 
 @torch.no_grad()
 def test_the_bidirectional_encoder_is_torchs_own_on_packed_sequences() -> None:
     torch.manual_seed(0)
-    encoder = LstmEncoder(LstmConfig(hidden_dim=6), embedding_dim=4, bidirectional=True, dropout=0.0)
+    encoder = LstmEncoder(LstmConfig(hidden_dim=6), ModelConfig(embedding_dim=4, bidirectional=True))
     reference = nn.LSTM(4, 6, batch_first=True, bidirectional=True)
     assert encoder.backward_lstm is not None
     for name, weight in encoder.forward_lstm.named_parameters():
@@ -174,11 +175,11 @@ def test_the_bidirectional_encoder_is_torchs_own_on_packed_sequences() -> None:
 def test_the_encoder_reads_the_whole_sequence() -> None:
     for encoder, bidirectional in ENCODERS:
         vae, batch = make_vae(encoder, bidirectional=bidirectional), make_batch([6])
-        mean = vae(batch, RNG).mean_BD
+        mean = vae(batch, RNG).mean_RD
         for position in range(6):
             tokens_BT = batch.tokens_BT.clone()
             tokens_BT[0, position] = 4 + (tokens_BT[0, position] - 3) % (VOCAB - 4)
-            changed = vae(dataclasses.replace(batch, tokens_BT=tokens_BT), RNG).mean_BD
+            changed = vae(dataclasses.replace(batch, tokens_BT=tokens_BT), RNG).mean_RD
             assert (changed - mean).abs().max() > 1e-6
 
 
@@ -186,7 +187,7 @@ def test_the_encoder_reads_the_whole_sequence() -> None:
 @pytest.mark.parametrize("decoder", ["lstm", "transformer"])
 def test_gradients_of_the_whole_objective_against_finite_differences(encoder: str, decoder: str) -> None:
     vae = make_vae(encoder, decoder, bidirectional=encoder == "lstm").double().train()
-    objective = NegativeElbo(vae, free_bits_nats_per_dim=0.05, autocast=None)
+    objective = NegativeElbo(vae, ObjectiveConfig(free_bits_nats=0.05), autocast=None)
     batch = make_batch([4, 1, 6])
     batch = dataclasses.replace(batch, weight_B=torch.tensor([0.5, 2.0, 1.0]))
     beta, scale = torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
@@ -218,7 +219,7 @@ def test_activation_checkpointing_gives_the_same_gradient(dropout: float) -> Non
         vae = make_vae("transformer", "transformer", dropout=dropout, activation_checkpointing=recompute).train()
         torch.manual_seed(7)
         output = vae(make_batch([5, 8, 2]), RNG)
-        (output.weighted_rec + output.latent.kl.sum()).backward()
+        (output.rec_KB.sum() + output.latent.kl.sum()).backward()
         gradients.append({name: p.grad for name, p in vae.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
@@ -250,7 +251,7 @@ def test_a_tied_matrix_gets_the_gradient_of_both_uses() -> None:
             vae.load_state_dict(twin.state_dict(), strict=False)
             with torch.no_grad():
                 vae.output_weight.copy_(vae.embedding.weight)
-        vae(make_batch([5, 3]), RNG).weighted_rec.backward()
+        vae(make_batch([5, 3]), RNG).rec_KB.sum().backward()
         gradients[tie] = vae.embedding.weight.grad
         if vae.output_weight is not None:
             gradients[tie] = vae.embedding.weight.grad + vae.output_weight.grad
@@ -297,10 +298,10 @@ def test_dropout_is_off_in_evaluation_and_on_in_training() -> None:
 def test_noise_depends_on_the_key_the_sequence_and_the_stream_alone() -> None:
     vae, batch = make_vae(), make_batch([5, 4, 7])
     output = vae(batch, RNG, num_samples=3)
-    noise_KBD = (output.latent.z - output.mean_BD) / (output.logvar_BD / 2).exp()
+    noise_KBD = (output.latent.z - output.mean_RD) / (output.logvar_RD / 2).exp()
     shuffled = dataclasses.replace(batch, sample_id_B=batch.sample_id_B.flip(0))
     other = vae(shuffled, RNG, num_samples=2)
-    other_KBD = (other.latent.z - other.mean_BD) / (other.logvar_BD / 2).exp()
+    other_KBD = (other.latent.z - other.mean_RD) / (other.logvar_RD / 2).exp()
     torch.testing.assert_close(other_KBD, noise_KBD[:2].flip(1), atol=1e-4, rtol=1e-4)
     assert len({round(float(v), 4) for v in noise_KBD.flatten()}) == noise_KBD.numel()
     for changed in (vae(batch, torch.tensor([4, 5])), vae(batch, torch.tensor([3, 6])), vae(batch, RNG, stream=2)):
@@ -312,6 +313,8 @@ def test_each_importance_sample_is_scored_with_its_own_latent() -> None:
     vae, batch = make_vae(), make_batch([5, 4])
     output: VaeOutput = vae(batch, RNG, num_samples=3)
     for k in range(3):
-        given = vae(batch, RNG, z_BD=output.latent.z[k])
+        given = vae(batch, RNG, z=output.latent.z[k])
         torch.testing.assert_close(given.rec_KB[0], output.rec_KB[k], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(output.weighted_rec, output.rec_KB[0].sum(), atol=1e-5, rtol=1e-5)
+    weighted = vae(batch, RNG, weight_B=torch.tensor([0.5, 2.0]))
+    expected = 0.5 * output.rec_KB[0, 0] + 2.0 * output.rec_KB[0, 1]
+    torch.testing.assert_close(weighted.weighted_rec, expected, atol=1e-5, rtol=1e-5)

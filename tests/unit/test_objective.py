@@ -9,78 +9,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from vae_dist.config.schema import LstmConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from vae_dist.config.model_schema import LstmConfig, ModelConfig
+from vae_dist.config.objective_schema import ObjectiveConfig
 from vae_dist.data.store.sequences import Sequences
 from vae_dist.data.stream.batch import Batch, collate
 from vae_dist.data.text.special_ids import BOS_ID, EOS_ID
 from vae_dist.model.vae import TextVAE
 from vae_dist.objective.elbo import ElboTerms, NegativeElbo, loss_scale
-from vae_dist.objective.schedule import beta_at, learning_rate_at
 
 RNG = torch.tensor([1, 2])
 VOCAB = 17
-
-
-def test_beta_at_every_corner() -> None:
-    config = ObjectiveConfig(beta=0.8, beta_start=0.2, beta_warmup_fraction=0.3)
-    assert beta_at(0, 100, config) == 0.2
-    assert beta_at(1, 100, config) == pytest.approx(0.2 + 0.6 / 30)
-    assert beta_at(15, 100, config) == pytest.approx(0.5)
-    assert beta_at(29, 100, config) == pytest.approx(0.8 - 0.6 / 30)
-    assert beta_at(30, 100, config) == pytest.approx(0.8)
-    assert beta_at(99, 100, config) == pytest.approx(0.8)
-
-
-def test_beta_without_warmup_is_constant_from_the_first_step() -> None:
-    config = ObjectiveConfig(beta=0.5, beta_start=0.0, beta_warmup_fraction=0.0)
-    assert {beta_at(step, 100, config) for step in range(100)} == {0.5}
-
-
-def test_a_constant_beta_stays_constant() -> None:
-    config = ObjectiveConfig(beta=0.4, beta_start=0.4, beta_warmup_fraction=1.0)
-    assert {beta_at(step, 10, config) for step in range(10)} == {0.4}
-
-
-def test_beta_may_fall() -> None:
-    config = ObjectiveConfig(beta=0.0, beta_start=1.0, beta_warmup_fraction=0.5)
-    assert [round(beta_at(step, 8, config), 6) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-
-
-@given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 3), st.floats(0, 3))
-def test_beta_goes_one_way_and_arrives(total: int, fraction: float, start: float, end: float) -> None:
-    config = ObjectiveConfig(beta=end, beta_start=start, beta_warmup_fraction=fraction)
-    values = [beta_at(step, total, config) for step in range(total + 1)]
-    steps = np.diff(values) * (1 if end >= start else -1)
-    assert (steps >= -1e-12).all()
-    assert values[-1] == pytest.approx(end, abs=1e-12)
-    if round(fraction * total):
-        assert values[0] == start
-
-
-def test_learning_rate_at_every_corner() -> None:
-    config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, min_learning_rate_ratio=0.1)
-    assert learning_rate_at(0, 101, config) == pytest.approx(0.2)
-    assert learning_rate_at(8, 101, config) == pytest.approx(1.8)
-    assert learning_rate_at(9, 101, config) == pytest.approx(2.0)
-    assert learning_rate_at(10, 101, config) == pytest.approx(2.0)
-    assert learning_rate_at(55, 101, config) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
-    assert learning_rate_at(100, 101, config) == pytest.approx(0.2)
-    assert learning_rate_at(500, 101, config) == pytest.approx(0.2)
-
-
-def test_learning_rate_without_warmup_starts_at_the_peak() -> None:
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, min_learning_rate_ratio=0.0)
-    assert [round(learning_rate_at(step, 5, config), 6) for step in range(5)] == [1.0, 0.853553, 0.5, 0.146447, 0.0]
-
-
-def test_a_run_shorter_than_its_warmup_never_reaches_the_peak() -> None:
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10)
-    assert [learning_rate_at(step, 3, config) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
-    assert learning_rate_at(0, 1, OptimizerConfig(learning_rate=1.0, warmup_steps=0)) == 1.0
 
 
 def make_vae(dropout: float = 0.0) -> TextVAE:
@@ -96,6 +36,11 @@ def make_batch(lengths: list[int], weights: list[float] | None = None) -> Batch:
     rows = [np.append(rng.integers(4, VOCAB, n - 1), EOS_ID) for n in lengths]
     batch = collate(Sequences.from_list(rows), np.arange(10, 10 + len(rows)))
     return batch if weights is None else dataclasses.replace(batch, weight_B=torch.tensor(weights))
+
+
+def free_bits_of(nats: float) -> ObjectiveConfig:
+    """Per example and dimension."""
+    return ObjectiveConfig(free_bits="dimension", free_bits_nats=nats)
 
 
 def scalar(value: float) -> torch.Tensor:
@@ -124,7 +69,7 @@ def by_hand(
 
 
 def posterior_of(vae: TextVAE, batch: Batch) -> Normal:
-    mean_BD, logvar_BD = vae.encode(batch.tokens_BT, batch.lengths_B)
+    mean_BD, logvar_BD = vae.encode(batch)
     return Normal(mean_BD, (logvar_BD / 2).exp())
 
 
@@ -135,7 +80,7 @@ def test_the_loss_and_its_gradient_against_torch(beta: float, free_bits: float, 
     vae, batch = make_vae(), make_batch([5, 2, 7, 1], weights)
     expected, recs, kls = by_hand(vae, batch, beta, 0.25, free_bits)
     expected_gradients = torch.autograd.grad(expected, list(vae.parameters()))
-    loss, terms = NegativeElbo(vae, free_bits, None)(batch, RNG, scalar(beta), scalar(0.25))
+    loss, terms = NegativeElbo(vae, free_bits_of(free_bits), None)(batch, RNG, scalar(beta), scalar(0.25))
     gradients = torch.autograd.grad(loss, list(vae.parameters()))
     torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
     for got, wanted in zip(gradients, expected_gradients, strict=True):
@@ -147,7 +92,9 @@ def test_the_loss_and_its_gradient_against_torch(beta: float, free_bits: float, 
 
 def test_free_bits_bite_and_raise_only_what_the_loss_counts() -> None:
     vae, batch = make_vae(), make_batch([5, 2])
-    plain, floored = (NegativeElbo(vae, f, None)(batch, RNG, scalar(1.0), scalar(1.0)) for f in (0.0, 0.5))
+    plain, floored = (
+        NegativeElbo(vae, free_bits_of(f), None)(batch, RNG, scalar(1.0), scalar(1.0)) for f in (0.0, 0.5)
+    )
     assert float(floored[1].kl_counted) == pytest.approx(2 * 4 * 0.5)
     assert float(floored[1].kl) == float(plain[1].kl) == float(plain[1].kl_counted) < 4.0
     assert float((floored[0] - plain[0]).detach()) == pytest.approx(float(floored[1].kl_counted - plain[1].kl))
@@ -155,7 +102,7 @@ def test_free_bits_bite_and_raise_only_what_the_loss_counts() -> None:
 
 def test_rows_of_weight_zero_give_no_gradient_and_no_metric() -> None:
     vae, batch = make_vae(), make_batch([5, 2], [0.0, 0.0])
-    loss, terms = NegativeElbo(vae, 0.1, None)(batch, RNG, scalar(1.0), scalar(1.0))
+    loss, terms = NegativeElbo(vae, free_bits_of(0.1), None)(batch, RNG, scalar(1.0), scalar(1.0))
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert all(p.grad is None or not p.grad.any() for p in vae.parameters())
@@ -165,7 +112,7 @@ def test_rows_of_weight_zero_give_no_gradient_and_no_metric() -> None:
 
 def test_a_padding_batch_adds_nothing() -> None:
     vae, empty = make_vae(), collate(Sequences.concatenate([]), np.empty(0, dtype=np.int64))
-    loss, terms = NegativeElbo(vae, 0.1, None)(empty, RNG, scalar(1.0), scalar(1.0))
+    loss, terms = NegativeElbo(vae, free_bits_of(0.1), None)(empty, RNG, scalar(1.0), scalar(1.0))
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert all(p.grad is None or not p.grad.any() for p in vae.parameters())
@@ -174,7 +121,7 @@ def test_a_padding_batch_adds_nothing() -> None:
 
 def test_terms_are_sums_over_the_real_sequences() -> None:
     vae, batch = make_vae(), make_batch([5, 2, 7])
-    terms = NegativeElbo(vae, 0.0, None)(batch, RNG, scalar(1.0), scalar(0.1))[1]
+    terms = NegativeElbo(vae, free_bits_of(0.0), None)(batch, RNG, scalar(1.0), scalar(0.1))[1]
     posterior = posterior_of(vae, batch)
     kl_BD = kl_divergence(posterior, Normal(scalar(0.0), scalar(1.0)))
     torch.testing.assert_close(terms.kl_per_dim, kl_BD.sum(0), check_dtype=False)
@@ -186,7 +133,7 @@ def test_terms_are_sums_over_the_real_sequences() -> None:
 
 def test_micro_batches_add_up_to_the_batch() -> None:
     vae = make_vae()
-    objective, lengths = NegativeElbo(vae, 0.05, None), [5, 2, 7, 1, 3]
+    objective, lengths = NegativeElbo(vae, free_bits_of(0.05), None), [5, 2, 7, 1, 3]
     whole = make_batch(lengths)
     loss, terms = objective(whole, RNG, scalar(0.5), scalar(0.2))
     gradients = torch.autograd.grad(loss, list(vae.parameters()))
@@ -214,7 +161,7 @@ def test_loss_scale_makes_the_average_over_ranks_the_mean_over_sequences() -> No
 def test_bfloat16_is_near_float32() -> None:
     vae, batch = make_vae().float(), make_batch([5, 2, 7])
     one, scale = torch.tensor(1.0), torch.tensor(1 / 3)
-    exact = NegativeElbo(vae, 0.0, None)(batch, RNG, one, scale)[0]
-    rough = NegativeElbo(vae, 0.0, torch.bfloat16)(batch, RNG, one, scale)[0]
+    exact = NegativeElbo(vae, free_bits_of(0.0), None)(batch, RNG, one, scale)[0]
+    rough = NegativeElbo(vae, free_bits_of(0.0), torch.bfloat16)(batch, RNG, one, scale)[0]
     assert rough.dtype == torch.float32
     assert math.isclose(float(rough.detach()), float(exact.detach()), rel_tol=0.02)

@@ -13,6 +13,7 @@ from vae_dist.data.prepare.prepare import prepare
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.data.stream.training_data import open_training_data, order_spec
 from vae_dist.engine.plan import RunPlan, claim_run_dir, plan_run
+from vae_dist.engine.plan_view import draw_schedule, schedule_lines
 from vae_dist.errors import CheckpointError, DataError
 
 BASE = ["train.batch_sequences=16", "data.streams=4", "train.epochs=3", "train.seed=1", "objective.beta=1.0"]
@@ -63,6 +64,7 @@ def test_storage_moves_the_run_and_keeps_its_name(dataset: Dataset, tmp_path: Pa
         "data.length_groups=3", "data.shuffle_block_sequences=3", "data.shuffle_window_sequences=3",
         "model.latent_dim=3", "model.encoder={num_layers: 2}", "model.decoder={kind: transformer}",
         "model.dropout=0.31", "objective.beta=0.9", "optimizer.learning_rate=0.123",
+        "objective.annealing={kind: cyclical}", "objective.free_bits=sequence", "optimizer.average_decay=0.9",
     ],
 )  # fmt: skip
 def test_what_changes_the_weights_changes_the_name(dataset: Dataset, override: str) -> None:
@@ -152,3 +154,77 @@ def test_a_directory_of_something_else_is_left_alone(dataset: Dataset, tmp_path:
     with pytest.raises(CheckpointError, match="is not empty and holds no run"):
         claim_run_dir(other, {})
     assert [p.name for p in other.run_dir.iterdir()] == ["notes.txt"]
+
+
+def schedules(*overrides: str, steps: int = 600) -> dict[str, str]:
+    lines = schedule_lines(load_config(None, [*BASE, "optimizer.warmup_steps=0", *overrides]), steps)
+    return {line[:20].strip(): line[21:] for line in lines}
+
+
+def test_a_schedule_is_drawn_from_its_first_step_to_its_last() -> None:
+    assert draw_schedule(lambda step: step, 60) == "".join(" .:-=+*#%@"[round(step / 59 * 9)] for step in range(60))
+    assert draw_schedule(lambda step: float(step == 599), 600) == " " * 59 + "@"
+    assert draw_schedule(lambda step: float(step == 0), 600) == "@" + " " * 59
+    assert draw_schedule(lambda step: 0.0, 1) == " " * 60
+
+
+def test_the_plan_draws_beta_and_the_learning_rate() -> None:
+    lines = schedules("objective.annealing={kind: cyclical, cycles: 3, ramp: 0.0}", "objective.beta=0.4")
+    assert lines == {"beta": f"|{'@' * 60}| to 0.4", "learning rate": lines["learning rate"]}
+    assert lines["learning rate"].startswith("|@@@") and lines["learning rate"].endswith(" | to 0.006")
+    cycles = schedules("objective.annealing={kind: zero_linear, cycles: 3, zero: 0.5, ramp: 0.0}")["beta"]
+    assert cycles == f"|{(' ' * 10 + '@' * 10) * 3}| to 1"
+
+
+def test_the_plan_marks_the_phases() -> None:
+    lines = schedules(
+        "objective.autoencoder_fraction=0.25", "objective.annealing={fraction: 0}", "optimizer.schedule=constant"
+    )
+    assert lines["phases"] == f"|<autoencoder---<variational{'-' * 33}|"
+    assert lines["beta"] == f"|{' ' * 15}{'@' * 45}| to 1"
+    short = schedules("objective.autoencoder_fraction=0.05")["phases"]
+    assert short == f"|<au<variational{'-' * 45}|"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "words"),
+    [
+        (
+            ["objective.rate_control={kind: control_vae, nats: 3, beta_min: 0.1}", "objective.beta=0.8"],
+            "beta",
+            "held by ControlVAE between 0.1 and 0.8 so that the KL is 3 nats",
+        ),
+        (
+            ["objective.rate_control={kind: control_vae, nats: 3}", "objective.autoencoder_fraction=0.5"],
+            "beta",
+            "0 in the autoencoder phase, then held by ControlVAE between 0 and 1 so that the KL is 3 nats",
+        ),
+        (
+            ["objective.rate_control={kind: mdr, nats: 4.5}"],
+            "weight of the KL",
+            "beta less a multiplier (MDR) that draws the KL up to 4.5 nats where it is below",
+        ),
+        (
+            ["objective.rate_control={kind: capacity, nats: 5, ramp: 0}"],
+            "capacity",
+            f"|{'@' * 60}| to 5 nats",
+        ),
+        (
+            ["objective.aggressive={max_encoder_steps: 30, max_fraction: 0.25}"],
+            "aggressive encoder",
+            "up to 30 steps of its own before each of the decoder, while the mutual information grows, at most until "
+            "step 150",
+        ),
+        (
+            ["optimizer.schedule=plateau", "optimizer.learning_rate=1.0"],
+            "learning rate",
+            f"|{'@' * 60}| to 1, times 0.5 at each plateau of the validation, 5 times at most",
+        ),
+    ],
+)
+def test_the_plan_says_what_controllers_do(overrides: list[str], name: str, words: str) -> None:
+    assert schedules("objective.free_bits=none", *overrides)[name] == words
+
+
+def test_the_plan_of_a_language_model_has_no_beta() -> None:
+    assert list(schedules("model.latent=none")) == ["learning rate"]

@@ -1,13 +1,15 @@
-"""Diversity and copying of generated token ids."""
+"""Diversity and copying of generated token ids, and the units of a perplexity."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vae_dist.evaluate.text_metrics import distinct_n, sequence_hashes, verbatim_fraction
+from vae_dist.evaluate.text_metrics import distinct_n, perplexities, sequence_hashes, verbatim_fraction, word_count
 
 TOKENS = np.array([5, 6, 2, 5, 6, 7, 2, 2, 5, 6, 2])
 OFFSETS = np.array([0, 3, 7, 8, 11])
@@ -61,3 +63,21 @@ def test_verbatim_equals_membership_in_a_set(training: list[list[int]], samples:
     known = {tuple(sequence) for sequence in training}
     expected = sum(tuple(sample) in known for sample in samples) / len(samples)
     assert verbatim_fraction(samples, sequence_hashes(tokens, offsets)) == pytest.approx(expected)
+
+
+def test_words_are_what_white_space_separates_and_the_ends() -> None:
+    assert word_count(["the  cat\tsat", "", "no ."]) == 4 + 1 + 3
+
+
+def test_one_likelihood_in_three_units_by_hand() -> None:
+    # "unhappy cats" and "dogs", as pieces un happy cat s </s> and dog s </s>: 8 tokens; 2 + 1 words and 2 ends.
+    found = perplexities(12.0, sequences=2, tokens=8, words=word_count(["unhappy cats", "dogs"]))
+    assert found == {"nll_per_seq": 6.0, "ppl_per_token": math.exp(1.5), "ppl_per_word": math.exp(12 / 5)}
+    # Where the words are the tokens, both perplexities are the same.
+    same = perplexities(12.0, sequences=2, tokens=5, words=5)
+    assert same["ppl_per_token"] == same["ppl_per_word"]
+    assert perplexities(1e6, sequences=2, tokens=8, words=5)["ppl_per_word"] == math.inf
+
+
+def test_distinct_n_counts_words_as_well() -> None:
+    assert distinct_n([["a", "b", "a"], ["a", "b"]], 2) == 2 / 3

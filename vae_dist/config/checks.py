@@ -1,8 +1,12 @@
-"""Checks across fields: each names the two values that clash and the change that mends them."""
+"""Checks across fields: each names the two values that clash and the change that mends them.
+
+Those of the model and its training are in `science_checks.py`.
+"""
 
 from __future__ import annotations
 
-from vae_dist.config.schema import Config, PrepareConfig, TransformerConfig
+from vae_dist.config.schema import Config, PrepareConfig
+from vae_dist.config.science_checks import science_problems
 
 # Records that files of a format can be cut into; the texts of all other formats are whole.
 _RECORDS_OF_FORMAT = {"text": ("line", "paragraph", "sentence"), "wikitext": ("line", "sentence", "document")}
@@ -13,7 +17,7 @@ def cross_field_problems(config: Config) -> list[str]:
     return [
         *_data_problems(config),
         *_batch_problems(config),
-        *_model_problems(config),
+        *science_problems(config),
         *_length_problems(config),
         *_storage_problems(config),
     ]
@@ -88,19 +92,6 @@ def _batch_problems(config: Config) -> list[str]:
     if config.cluster.workers is not None:
         problem = worker_problem(config.cluster.workers, streams)
         problems += [problem] if problem else []
-    return problems
-
-
-def _model_problems(config: Config) -> list[str]:
-    problems = []
-    for name, part in (("encoder", config.model.encoder), ("decoder", config.model.decoder)):
-        if isinstance(part, TransformerConfig) and part.hidden_dim % (2 * part.num_heads):
-            problems.append(
-                f"model.{name}.hidden_dim = {part.hidden_dim} must be a multiple of 2 x num_heads = "
-                f"{2 * part.num_heads} (rotary positions pair the dimensions of a head)."
-            )
-    if config.model.bidirectional and isinstance(config.model.encoder, TransformerConfig):
-        problems.append("model.bidirectional belongs to LSTM encoders; a Transformer encoder already sees both sides.")
     return problems
 
 

@@ -153,11 +153,18 @@ def _written_path(keys: KeyPath, tree: dict[str, Any]) -> KeyPath:
     written: list[str] = []
     branch: Any = tree
     for key in keys:
-        if isinstance(branch, dict) and key not in branch and key in ("lstm", "transformer"):
+        if isinstance(branch, dict) and key not in branch and key in _KINDS:
             continue
         written.append(key)
         branch = branch.get(key) if isinstance(branch, dict) else None
     return tuple(written)
+
+
+def _kinds(section: type[BaseModel]) -> set[str]:
+    """Every `kind` that a part anywhere below `section` can have."""
+    parts = {part for field in section.model_fields.values() for part in _sections_in(field.annotation)}
+    own = {section.model_fields["kind"].default} if "kind" in section.model_fields else set()
+    return own.union(*(_kinds(part) for part in parts))
 
 
 def _fields_beside(keys: KeyPath) -> list[str]:
@@ -169,7 +176,7 @@ def _fields_beside(keys: KeyPath) -> list[str]:
             section = options[0] if options else section
             variants = options
         else:
-            # The tag of a union's variant: "lstm" or "transformer".
+            # The tag of a union's variant, such as "lstm".
             section = next((v for v in variants if v.model_fields["kind"].default == key), section)
     return sorted(section.model_fields)
 
@@ -179,6 +186,9 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in _sections_in(part)]
+
+
+_KINDS = _kinds(Config)
 
 
 def _list_problems(problems: list[str]) -> str:

@@ -9,22 +9,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
+from vae_dist.config.model_schema import ModelConfig
+from vae_dist.config.objective_schema import ObjectiveConfig, OptimizerConfig
 from vae_dist.config.recipes import RECIPES
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(min_length=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Frozen, closed to unknown keys, and strict about types (no silent "3" -> 3)."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from vae_dist.config.section import Fraction, Name, NonNegative, Positive, Section
 
 
 class PrepareConfig(Section):
@@ -116,98 +106,6 @@ class DataConfig(Section):
     """Largest size of `cache_dir`; what was used longest ago goes first."""
 
 
-class LstmConfig(Section):
-    """A recurrent encoder or decoder."""
-
-    kind: Literal["lstm"] = "lstm"
-    hidden_dim: Positive = 256
-    """Hidden state size (per direction in an encoder)."""
-    num_layers: Positive = 1
-    """Stacked layers."""
-
-
-class TransformerConfig(Section):
-    """A Transformer encoder or decoder: RMSNorm, rotary positions, SwiGLU."""
-
-    kind: Literal["transformer"] = "transformer"
-    hidden_dim: Positive = 256
-    """Model width."""
-    num_layers: Positive = 4
-    """Blocks."""
-    num_heads: Positive = 4
-    """Attention heads; must divide hidden_dim into even head sizes (rotary positions)."""
-    mlp_ratio: Annotated[float, Field(gt=0.0)] = 8 / 3
-    """Width of the SwiGLU layer over hidden_dim, rounded up to a multiple of 32."""
-
-
-def _kind(part: Any) -> Any:
-    """`kind` of an encoder or decoder as written; left out, it is an LSTM."""
-    return part.get("kind", "lstm") if isinstance(part, dict) else getattr(part, "kind", None)
-
-
-Backbone = Annotated[
-    Annotated[LstmConfig, Tag("lstm")] | Annotated[TransformerConfig, Tag("transformer")],
-    Discriminator(
-        _kind,
-        custom_error_type="unknown_kind",
-        custom_error_message="kind must be lstm or transformer",
-    ),
-]
-
-
-class ModelConfig(Section):
-    """Encoder, latent, decoder."""
-
-    embedding_dim: Positive = 128
-    """Size of the token embeddings, shared by encoder and decoder."""
-    encoder: Backbone = LstmConfig()
-    decoder: Backbone = LstmConfig()
-    bidirectional: bool = False
-    """LSTM encoder: read the sequence in both directions."""
-    latent_dim: Positive = 32
-    """D, dimensions of z."""
-    injection: Literal["embedding", "memory", "both"] = "both"
-    """How z reaches the decoder: added to every input embedding, as memory (initial state of an LSTM,
-    a prefix position of a Transformer), or both."""
-    tie_embeddings: bool = True
-    """The output projection is the embedding matrix."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Dropout on embeddings and on the decoder's output."""
-    word_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability that a decoder input token is replaced by <unk>."""
-
-
-class ObjectiveConfig(Section):
-    """-ELBO per sequence, in nats: rec + beta * KL."""
-
-    beta: Annotated[float, Field(ge=0.0)] = 1.0
-    """Weight of the KL after the warm-up."""
-    beta_start: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the KL at step 0."""
-    beta_warmup_fraction: Fraction = 0.4
-    """Share of the run's steps over which beta goes linearly from beta_start to beta."""
-    free_bits_nats_per_dim: Annotated[float, Field(ge=0.0)] = 0.15
-    """Per example and dimension the KL counts at least this much (Li et al. 2019); 0 is off."""
-
-
-class OptimizerConfig(Section):
-    """AdamW with warm-up and cosine decay."""
-
-    learning_rate: Annotated[float, Field(gt=0.0)] = 0.006
-    """Peak learning rate."""
-    min_learning_rate_ratio: Fraction = 0.05
-    """The cosine ends at this share of the peak."""
-    warmup_steps: NonNegative = 200
-    """Steps of linear warm-up."""
-    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
-    epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    """Decoupled weight decay on matrices (not on biases, norms and embeddings)."""
-    gradient_clip_norm: Annotated[float, Field(ge=0.0)] = 5.0
-    """Global norm at which the gradient of the per-sequence loss is clipped; 0 is off."""
-
-
 class TrainConfig(Section):
     """Length, batch and numerics of the run."""
 
@@ -240,6 +138,10 @@ class EvaluateConfig(Section):
     """Sequences in an evaluation batch, over all workers."""
     num_samples: Positive = 20
     """Samples drawn for the report, with seeds 0, 1, ..."""
+    select: Literal["last", "best"] = "last"
+    """Export the weights of the last step, or those of the best validation (by the ELBO)."""
+    importance_samples: NonNegative = 0
+    """K of the importance-weighted likelihood on validation at the end; 0 leaves it out."""
 
 
 class RunConfig(Section):

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from vae_dist.data.text.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-from vae_dist.model.vae import TextVAE
+from vae_dist.model.vae import POSITIONS, TextVAE
 from vae_kernels import gaussian_rsample_kl, philox_uniform
 
 PRIOR_STREAM = 3
 TOKEN_STREAM = 4
+COMPONENT_STREAM = 5
 # Dividing logits by less would overflow float32; the likeliest token has all the mass there anyway.
 _GREEDY_BELOW = 1e-6
 
@@ -59,33 +60,46 @@ class Generated:
     finished: bool
 
 
-def prior_latents(seeds: Sequence[int], latent_dim: int, scale: float = 1.0) -> torch.Tensor:
-    """z ~ N(0, scale^2 I) for each seed, float32 [B, D]; row i depends on seeds[i] alone."""
-    zeros = torch.zeros(len(seeds), latent_dim)
+@torch.inference_mode()
+def prior_latents(vae: TextVAE, seeds: Sequence[int], max_tokens: int, scale: float = 1.0) -> torch.Tensor:
+    """z ~ p(z) for each seed, float32 [B, D], or [B, max_tokens, D] where every token has a latent.
+
+    From the mixture that was fitted to the latents where there is one, else from the prior. Row i depends on seeds[i]
+    alone. `scale` multiplies the noise that z is made of.
+    """
+    sampler, device = vae.sampling_prior or vae.prior, vae.output_bias.device
+    if sampler is None:
+        return torch.zeros(len(seeds), 0, device=device)
     ids = torch.tensor(list(seeds), dtype=torch.int64)
-    return scale * gaussian_rsample_kl(zeros, zeros, _KEY, ids, stream=PRIOR_STREAM, backend="torch").z[0]
+    if vae.per_token:
+        ids = (ids[:, None] * POSITIONS + torch.arange(max_tokens)).flatten()
+    zeros = torch.zeros(len(ids), vae.latent_dim)
+    normal = scale * gaussian_rsample_kl(zeros, zeros, _KEY, ids, stream=PRIOR_STREAM, backend="torch").z[0]
+    uniform = philox_uniform(_KEY, ids, torch.tensor(0), stream=COMPONENT_STREAM)
+    z = sampler.from_noise(normal.to(device), uniform.to(device), vae.encode_embeddings)
+    return z.unflatten(0, (len(seeds), max_tokens)) if vae.per_token else z
 
 
 @torch.inference_mode()
-def generate(vae: TextVAE, z_BD: torch.Tensor, seeds: Sequence[int], decoding: Decoding) -> list[Generated]:
+def generate(vae: TextVAE, z: torch.Tensor, seeds: Sequence[int], decoding: Decoding) -> list[Generated]:
     """Decode latents to tokens.
 
     Args:
         vae: in eval mode.
-        z_BD: float32 latents.
+        z: float32 latents [B, D], or [B, T, D] with one for each token, of which there are then at most T.
         seeds: one per row; not used when greedy.
         decoding: how tokens are chosen.
     """
-    device, count = z_BD.device, z_BD.shape[0]
+    device, count, most = z.device, z.shape[0], decoding.max_tokens if z.dim() == 2 else z.shape[1]
     seed_B = torch.tensor(list(seeds), dtype=torch.int64, device=device)
     banned = [PAD_ID, BOS_ID] + ([] if decoding.allow_unknown else [UNK_ID])
     token_B = torch.full((count,), BOS_ID, dtype=torch.int64, device=device)
-    state: Any = vae.decoder.start(z_BD, decoding.max_tokens)
+    state: Any = vae.decoder.start(z if z.dim() == 2 else z[:, 0], decoding.max_tokens)
     log_prob_B = torch.zeros(count, device=device)
     done_B = torch.zeros(count, dtype=torch.bool, device=device)
     columns = []
-    for position in range(decoding.max_tokens):
-        logits_BV, state = vae.step(token_B, z_BD, state, position)
+    for position in range(min(decoding.max_tokens, most)):
+        logits_BV, state = vae.step(token_B, z if z.dim() == 2 else z[:, position], state, position)
         log_prob_BV = torch.log_softmax(logits_BV, dim=-1)
         chosen_B = _choose(
             logits_BV.index_fill(1, torch.tensor(banned, device=device), -torch.inf), seed_B, position, decoding

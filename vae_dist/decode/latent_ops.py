@@ -30,15 +30,16 @@ class TextModel:
     ) -> tuple[list[str], list[Generated], torch.Tensor]:
         """Texts from the prior; row i is drawn with seed + i, alone or in any company. Also rows and z [n, D]."""
         seeds = range(seed, seed + count)
-        z_BD = prior_latents(seeds, self.vae.config.latent_dim, prior_scale).to(self._device)
-        rows = generate(self.vae, z_BD, seeds, decoding)
-        return self.texts(rows), rows, z_BD
+        z = prior_latents(self.vae, seeds, self.max_tokens, prior_scale)
+        rows = generate(self.vae, z, seeds, decoding)
+        return self.texts(rows), rows, z
 
     def encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-        """Posterior mean and log-variance [n, D], and which texts were truncated to `max_tokens`."""
+        """Posterior mean and log-variance [n, D] (or [n, T, D]), and which texts were truncated to `max_tokens`."""
+        self._require_latent()
         batch, truncated = self.batch(texts)
         with torch.inference_mode():
-            mean, logvar = self.vae.encode(batch.tokens_BT, batch.lengths_B)
+            mean, logvar = self.vae.encode(batch)
         return mean, logvar, truncated
 
     def reconstruct(self, texts: Sequence[str], seed: int, decoding: Decoding) -> tuple[list[str], list[Generated]]:
@@ -53,9 +54,11 @@ class TextModel:
         """`steps` points from a's posterior mean (t = 0) to b's (t = 1), along a line or a great circle."""
         mean_BD, _, _ = self.encode([a, b])
         t = torch.linspace(0.0, 1.0, steps, device=mean_BD.device)
-        between = slerp if path == "slerp" else torch.lerp
-        z_BD = torch.stack([between(mean_BD[0], mean_BD[1], weight) for weight in t])
-        rows = generate(self.vae, z_BD, [seed] * steps, decoding)
+        # The latents of a von Mises-Fisher posterior live on the sphere, where the way is an arc.
+        between = slerp if path == "slerp" or self.vae.config.posterior.kind == "vmf" else torch.lerp
+        ends = mean_BD.flatten(1)
+        points = torch.stack([between(ends[0], ends[1], weight) for weight in t])
+        rows = generate(self.vae, points.view(steps, *mean_BD.shape[1:]), [seed] * steps, decoding)
         return t.tolist(), self.texts(rows), rows
 
     def batch(self, texts: Sequence[str]) -> tuple[Batch, list[bool]]:
@@ -74,6 +77,13 @@ class TextModel:
     def texts(self, rows: Sequence[Generated]) -> list[str]:
         """Decoded rows as text."""
         return [self.tokenizer.decode(row.tokens) for row in rows]
+
+    def _require_latent(self) -> None:
+        if self.vae.encoder is None:
+            raise DataError(
+                "This model is a plain language model (model.latent = none): it samples, but has no latent to encode "
+                "texts into. Train with model.latent=sequence."
+            )
 
     @property
     def _device(self) -> torch.device:
@@ -103,9 +113,9 @@ def score_texts(model: TextModel, texts: Sequence[str], rows: Sequence[Generated
         nll_per_token, -log p(x | z = posterior mean) in nats; kl_per_seq in nats.
     """
     batch, truncated = model.batch(texts)
-    mean_BD, _ = model.vae.encode(batch.tokens_BT, batch.lengths_B)
-    rng = torch.zeros(2, dtype=torch.int64, device=mean_BD.device)
-    output = model.vae(batch, rng, z_BD=mean_BD)
+    mean, _ = model.vae.encode(batch)
+    rng = torch.zeros(2, dtype=torch.int64, device=mean.device)
+    output = model.vae(batch, rng, z=mean)
     scores = []
     for number, row in enumerate(rows):
         length = int(batch.lengths_B[number])

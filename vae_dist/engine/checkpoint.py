@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from vae_dist.engine.average import WeightAverage
 from vae_dist.engine.checkpoint_files import (
+    FORMAT_VERSION,
     Progress,
     choose,
     commit,
@@ -23,7 +25,13 @@ from vae_dist.engine.checkpoint_files import (
 from vae_dist.engine.zero import load_state, named_state
 
 
-def save_checkpoint(engine: deepspeed.DeepSpeedEngine, directory: Path, progress: Progress, keep: int) -> Path:
+def save_checkpoint(
+    engine: deepspeed.DeepSpeedEngine,
+    directory: Path,
+    progress: Progress,
+    keep: int,
+    average: WeightAverage | None = None,
+) -> Path:
     """Write the state after `progress.step` updates and keep the newest `keep` checkpoints. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     target = directory / f"step-{progress.step:08d}"
@@ -36,14 +44,15 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, directory: Path, progress
     for number, state in enumerate(named_state(engine)):
         if number % world == rank:
             mine[state.name] = state.weight.clone()
-            mine[f"{state.name}::exp_avg"] = state.exp_avg.clone()
-            mine[f"{state.name}::exp_avg_sq"] = state.exp_avg_sq.clone()
+            mine |= {f"{state.name}::{slot}": value.clone() for slot, value in state.slots.items()}
+            if average and state.name in average.values:
+                mine[f"{state.name}::average"] = average.values[state.name].float().cpu()
     file = target / f"state-{rank:05d}-of-{world:05d}.safetensors"
     save_file(mine, file)
     entries: list[Any] = [None] * world
     dist.all_gather_object(entries, file_entry(file))
     if rank == 0:
-        commit(target, {"format_version": 1, **progress._asdict()}, entries)
+        commit(target, {"format_version": FORMAT_VERSION, **progress._asdict()}, entries)
         retain(directory, keep)
     dist.barrier()
     return target
@@ -56,7 +65,7 @@ class Loaded(NamedTuple):
     passed_over: list[str]
 
 
-def load_newest(engine: deepspeed.DeepSpeedEngine, directory: Path) -> Loaded:
+def load_newest(engine: deepspeed.DeepSpeedEngine, directory: Path, average: WeightAverage | None = None) -> Loaded:
     """Load the newest whole checkpoint; its progress is zero when there is none. Collective.
 
     Rank 0 chooses and tells the others, so that all load the same one.
@@ -68,7 +77,11 @@ def load_newest(engine: deepspeed.DeepSpeedEngine, directory: Path) -> Loaded:
     dist.broadcast_object_list(told, src=0)
     name, passed_over = told
     if name is None:
-        return Loaded(Progress(0, 0), passed_over)
-    progress = read_progress(directory / name)
-    load_state(engine, read_states(directory / name), optimizer_step=progress.step)
+        return Loaded(Progress(0, 0, {}), passed_over)
+    progress, states = read_progress(directory / name), read_states(directory / name)
+    load_state(engine, states)
+    if average:
+        for key, value in average.values.items():
+            value.copy_(states[key].slots["average"])
+        average.updates = progress.controllers["average_updates"]
     return Loaded(progress, passed_over)

@@ -1,8 +1,8 @@
 """Checkpoint directories on disk: which are whole, and what is in them. Needs no DeepSpeed.
 
     step-00000100/
-      state-00000-of-00002.safetensors   weight, exp_avg, exp_avg_sq of the parameters rank 0 wrote
-      state.json                         steps made and tokens read
+      state-00000-of-00002.safetensors   weights, and what optimizer and average keep for them, of what rank 0 wrote
+      state.json                         steps made, tokens read, and the state of the controllers
       manifest.json                      size and xxh3 of every file; written last: the commit point
 
 A directory without a valid manifest is a half-written checkpoint and is never chosen.
@@ -26,20 +26,31 @@ from vae_dist.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
+FORMAT_VERSION = 2
+
+
 class NamedState(NamedTuple):
-    """One parameter, whole: float32 weights and Adam moments on the host."""
+    """One parameter or buffer, whole, float32 on the host.
+
+    Attributes:
+        slots: what is kept beside the weight: exp_avg, exp_avg_sq and step of Adam, the average of the weight.
+    """
 
     name: str
     weight: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    slots: dict[str, torch.Tensor]
 
 
 class Progress(NamedTuple):
-    """How far a run has come: optimizer steps made, target tokens read over all ranks."""
+    """How far a run has come: optimizer steps made, target tokens read over all ranks.
+
+    Attributes:
+        controllers: JSON state of what follows the run's own measurements, see `engine/controllers.py`.
+    """
 
     step: int
     tokens_seen: int
+    controllers: dict[str, Any]
 
 
 def newest_whole(directory: Path) -> Path | None:
@@ -81,7 +92,7 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def commit(target: Path, state: dict[str, int], entries: list[dict[str, Any]]) -> None:
+def commit(target: Path, state: dict[str, Any], entries: list[dict[str, Any]]) -> None:
     """Write state.json, then the manifest, which makes the checkpoint one."""
     (target / "state.json").write_text(json.dumps(state))
     entries = [*entries, file_entry(target / "state.json")]
@@ -109,7 +120,12 @@ def file_entry(file: Path) -> dict[str, Any]:
 def read_progress(path: Path) -> Progress:
     """The progress a checkpoint was written at."""
     state = _read_json(path / "state.json")
-    return Progress(state["step"], state["tokens_seen"])
+    if state["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {state['format_version']}; this vae_dist reads {FORMAT_VERSION}. Finish the "
+            "run with the version that began it, or train under another run.name."
+        )
+    return Progress(state["step"], state["tokens_seen"], state["controllers"])
 
 
 def _read_json(path: Path) -> Any:
@@ -122,10 +138,12 @@ def read_states(path: Path) -> dict[str, NamedState]:
     for file in sorted(path.glob("state-*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                    if "::" not in name:
-                        moments = [tensors.get_tensor(f"{name}::{m}") for m in ("exp_avg", "exp_avg_sq")]
-                        states[name] = NamedState(name, tensors.get_tensor(name), *moments)
+                for key in sorted(tensors.keys()):
+                    name, _, slot = key.partition("::")
+                    if slot:
+                        states[name].slots[slot] = tensors.get_tensor(key)
+                    else:
+                        states[name] = NamedState(name, tensors.get_tensor(key), {})
         except SafetensorError as error:
             raise CheckpointError(f"{file} is not readable: {error}. Delete its directory and start again.") from None
     return states

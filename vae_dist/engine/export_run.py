@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vae_dist.config.load import load_config
-from vae_dist.config.schema import ModelConfig
+from vae_dist.config.model_schema import ModelConfig
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.engine.checkpoint_files import Progress, newest_whole, read_progress, read_states
 from vae_dist.errors import ModelError
@@ -43,7 +43,7 @@ def _export_checkpoint(run: Path, out: Path) -> None:
         raise ModelError(f"{run} has no whole checkpoint to export. Let it run longer.")
     identity = json.loads((run / "run.json").read_text(encoding="utf-8"))
     dataset, config = Dataset.open(identity["data_dir"]), load_config(run / "resolved.yaml")
-    weights = {name: state.weight for name, state in read_states(checkpoint).items()}
+    weights = {name: state.slots.get("average", state.weight) for name, state in read_states(checkpoint).items()}
     write_run_model(out, weights, config.model, dataset, run.name, read_progress(checkpoint))
 
 

@@ -15,8 +15,7 @@ import torch
 
 from vae_dist.config.load import dump_yaml
 from vae_dist.data.store.dataset import Dataset
-from vae_dist.data.store.sequences import Sequences
-from vae_dist.data.store.split import Split
+from vae_dist.data.store.split import Split, read_all
 from vae_dist.data.stream.training_data import training_split
 from vae_dist.data.text.special_ids import BOS_ID, PAD_ID
 from vae_dist.decode.generate import Decoding
@@ -27,17 +26,16 @@ from vae_dist.engine.loop import Trained
 from vae_dist.engine.plan import RunPlan, next_commands
 from vae_dist.engine.precision import autocast_dtype
 from vae_dist.evaluate.latent import ACTIVE_UNIT_THRESHOLD, variance_of_mean
-from vae_dist.evaluate.likelihood import score_split, summarise, swapped_rec_per_seq
-from vae_dist.evaluate.ngram import KneserNeyBigram, Unigram
+from vae_dist.evaluate.likelihood import Scores, summarise, swapped_rec_per_seq
+from vae_dist.evaluate.ngram import KneserNey
 from vae_dist.evaluate.text_metrics import distinct_n, sequence_hashes, verbatim_fraction
+from vae_dist.evaluate.whole import TRAINING_TOKENS
 from vae_dist.export.model_dir import load_model
 from vae_dist.model.vae import count_parameters
 from vae_dist.observe.metrics import read_metrics
 from vae_dist.observe.report import write_report
 from vae_dist.observe.versions import versions
 
-# Beyond this the n-gram models and the verbatim check read the first part of the training split only.
-_BASELINE_TOKENS = 20_000_000
 _SHOWN_RECONSTRUCTIONS = 8
 _BATCH_SEQUENCES = 64
 _INTERPOLATION_STEPS = 7
@@ -59,7 +57,7 @@ def finish(plan: RunPlan, trained: Trained, workers: int, device: torch.device) 
         # The other workers are done: this one may use the whole machine.
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     dataset = Dataset.open(plan.data_dir)
-    model_dir, progress = plan.run_dir / "model", Progress(trained.steps, trained.tokens_seen)
+    model_dir, progress = plan.run_dir / "model", Progress(trained.steps, trained.tokens_seen, {})
     write_run_model(model_dir, trained.weights, plan.config.model, dataset, plan.run_dir.name, progress)
     loaded = load_model(model_dir, device)
     model = TextModel(loaded.vae, loaded.tokenizer, loaded.max_tokens)
@@ -77,7 +75,7 @@ def _compose(
 ) -> dict[str, Any]:
     records = read_metrics(plan.run_dir)
     curves = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "valid")}
-    train_tokens, offsets = read_all(training_split(dataset, plan.config), _BASELINE_TOKENS)
+    train_tokens, offsets = read_all(training_split(dataset, plan.config), TRAINING_TOKENS)
     report: dict[str, Any] = {
         "title": f"vae_dist: {plan.run_dir.name}",
         "run_dir": str(plan.run_dir),
@@ -98,8 +96,8 @@ def _compose(
     }
     speed = [r["tokens_per_second"] for r in curves["train"]] or [0.0]
     valid, baselines = {}, {}
-    if "valid" in dataset.splits:
-        valid = _evaluate(plan, dataset, model, report)
+    if trained.valid is not None:
+        valid = _evaluate(plan, dataset, model, trained.valid, report)
         baselines = _baselines(train_tokens, offsets, dataset.split("valid"), dataset.tokenizer.vocab_size)
     report["throughput"] = {
         "tokens_per_second": statistics.median(speed),
@@ -121,22 +119,18 @@ def _compose(
     return report
 
 
-def _evaluate(plan: RunPlan, dataset: Dataset, model: TextModel, report: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate on the whole validation split; adds the report's sections on latent and reconstruction."""
-    split, seed = dataset.split("valid"), plan.config.train.seed
-    scores = score_split(model.vae, split, seed=seed, batch_sequences=_BATCH_SEQUENCES)
-    assert scores is not None
-    valid = summarise(scores)
-    swapped = swapped_rec_per_seq(model.vae, split, scores, seed=seed, batch_sequences=_BATCH_SEQUENCES)
-    report["kl_per_dim"] = valid["kl_per_dim"]
+def _evaluate(
+    plan: RunPlan, dataset: Dataset, model: TextModel, scores: Scores, report: dict[str, Any]
+) -> dict[str, Any]:
+    """What the scores of the validation split say; adds the report's sections on latent and reconstruction."""
+    split, valid = dataset.split("valid"), summarise(scores)
+    if model.vae.latent_dim == 0:
+        return valid
     report["active_unit_threshold"] = ACTIVE_UNIT_THRESHOLD
     report["variance_of_posterior_mean_per_dim"] = variance_of_mean(scores.mean).tolist()
-    report["latent_use"] = {
-        "nll_own_z_per_seq": valid["rec_per_seq"],
-        "nll_swapped_z_per_seq": swapped,
-        "swap_cost_nats_per_seq": swapped - valid["rec_per_seq"],
-        "sequences": valid["sequences"],
-    }
+    report |= {key: valid[key] for key in ("kl_per_dim",) if key in valid}
+    if not model.vae.per_token:
+        report["latent_use"] = _latent_use(plan, model, split, scores, valid)
     shown = min(split.sequences, _SHOWN_RECONSTRUCTIONS)
     inputs = [dataset.tokenizer.decode(ids) for ids in split.read(0, shown)]
     greedy = Decoding(temperature=0.0, max_tokens=model.max_tokens)
@@ -147,6 +141,18 @@ def _evaluate(plan: RunPlan, dataset: Dataset, model: TextModel, report: dict[st
         points = [{"t": at, "text": text} for at, text in zip(t, texts, strict=True)]
         report["interpolation"] = {"a": inputs[0], "b": inputs[1], "points": points}
     return valid
+
+
+def _latent_use(plan: RunPlan, model: TextModel, split: Split, scores: Scores, valid: dict[str, Any]) -> dict[str, Any]:
+    """What decoding with a stranger's z costs."""
+    seed = plan.config.train.seed
+    swapped = swapped_rec_per_seq(model.vae, split, scores, seed=seed, batch_sequences=_BATCH_SEQUENCES)
+    return {
+        "nll_own_z_per_seq": valid["rec_per_seq"],
+        "nll_swapped_z_per_seq": swapped,
+        "swap_cost_nats_per_seq": swapped - valid["rec_per_seq"],
+        "sequences": valid["sequences"],
+    }
 
 
 def _samples(plan: RunPlan, model: TextModel, tokens: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
@@ -163,20 +169,10 @@ def _samples(plan: RunPlan, model: TextModel, tokens: np.ndarray, offsets: np.nd
 
 
 def _baselines(tokens: np.ndarray, offsets: np.ndarray, valid: Split, vocab_size: int) -> dict[str, float]:
-    held_out = read_all(valid, _BASELINE_TOKENS)
+    held_out = read_all(valid, TRAINING_TOKENS)
     excluded = (PAD_ID, BOS_ID)
-    unigram = Unigram((tokens, offsets), vocab_size, excluded_ids=excluded)
-    bigram = KneserNeyBigram((tokens, offsets), vocab_size, bos_id=BOS_ID, excluded_ids=excluded)
+    unigram, bigram = (
+        KneserNey((tokens, offsets), vocab_size, order=order, modified=False, bos_id=BOS_ID, excluded_ids=excluded)
+        for order in (1, 2)
+    )
     return {"unigram_ppl": unigram.perplexity(held_out), "bigram_ppl": bigram.perplexity(held_out)}
-
-
-def read_all(split: Split, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """A split's tokens, flat, and offsets; its first part when it has more than `max_tokens`."""
-    parts = []
-    count = split.sequences if split.tokens <= max_tokens else split.sequences * max_tokens // split.tokens
-    for first in range(0, count, 65_536):
-        parts.append(split.read(first, min(65_536, count - first)))
-    joined = Sequences.concatenate(parts)
-    # A sequence that damage left out has length 0.
-    whole = joined.take(np.flatnonzero(joined.lengths))
-    return whole.tokens, whole.offsets

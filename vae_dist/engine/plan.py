@@ -13,8 +13,9 @@ from typing import Any
 
 from vae_dist.config.load import canonical_json, dump_yaml
 from vae_dist.config.schema import RESULT_SECTIONS, Config
+from vae_dist.config.science_checks import cycle_problem
 from vae_dist.data.stream.training_data import TrainingData
-from vae_dist.errors import CheckpointError, DataError
+from vae_dist.errors import CheckpointError, ConfigError, DataError
 
 _REPORTS_PER_RUN = 10
 
@@ -60,8 +61,12 @@ def plan_run(config: Config, data: TrainingData, data_dirs: Sequence[str], start
             f"train.micro_batch_tokens = {budget} cannot hold the longest training sequence of "
             f"{', '.join(data_dirs)}, {data.max_tokens} tokens. Raise it to at least that."
         )
+    _require_validation(config, data)
     steps_per_epoch = data.windows.steps_per_epoch
     total = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
+    problem = cycle_problem(config, total)
+    if problem:
+        raise ConfigError(problem)
     result_hash = _result_hash(config, data.manifest_hash)
     return RunPlan(
         config=config,
@@ -76,6 +81,22 @@ def plan_run(config: Config, data: TrainingData, data_dirs: Sequence[str], start
         checkpoint_every=config.run.checkpoint_every_steps or max(1, -(-total // _REPORTS_PER_RUN)),
         started_at=started_at,
     )
+
+
+def _require_validation(config: Config, data: TrainingData) -> None:
+    if "valid" in data.datasets[0].splits:
+        return
+    needing = {
+        "optimizer.schedule = plateau": config.optimizer.schedule == "plateau",
+        "objective.aggressive": config.objective.aggressive is not None,
+        "evaluate.select = best": config.evaluate.select == "best",
+    }
+    wanted = [name for name, needed in needing.items() if needed]
+    if wanted:
+        raise DataError(
+            f"{' and '.join(wanted)} {'follow' if len(wanted) > 1 else 'follows'} the validation, and the data set has "
+            "no validation split. Prepare it with valid_fraction above 0, or cut one with `vae-dist data split`."
+        )
 
 
 def claim_run_dir(plan: RunPlan, provenance: dict[str, Any]) -> None:
@@ -139,6 +160,10 @@ def _result_config(config: Config) -> dict[str, Any]:
     for key in ("kernels", "micro_batch_tokens", "activation_checkpointing"):
         sections["train"].pop(key)
     sections["train"].pop("steps" if config.train.steps is None else "epochs")
+    # Where validation steers the run or chooses the weights, what is validated and when is part of the result.
+    if config.evaluate.select == "best" or config.objective.aggressive or config.optimizer.schedule == "plateau":
+        steering = ("select", "every_steps", "max_sequences")
+        sections["evaluate"] = {key: getattr(config.evaluate, key) for key in steering}
     return sections
 
 

@@ -52,10 +52,10 @@ class MetricsWindow:
         """
         assert self._sums is not None, "a window is reduced after a step was added"
         sums = _all_reduce(self._sums)
-        count, tokens = float(sums.sequences), int(sums.tokens)
+        count, rows, tokens = float(sums.sequences), float(sums.rows), int(sums.tokens)
         rec, kl = float(sums.rec) / count, float(sums.kl) / count
-        # The variance of the posterior means over this window's sequences: active units, live.
-        variance = (sums.mean_square - sums.mean.square() / count) / max(1.0, count - 1.0)
+        # The variance of the posterior means over this window's latents: active units, live.
+        variance = (sums.mean_square - sums.mean.square() / rows) / max(1.0, rows - 1.0)
         self.tokens_seen += tokens
         values = {
             "elbo_per_seq": -(rec + kl),
@@ -63,7 +63,7 @@ class MetricsWindow:
             "kl_per_seq": kl,
             "kl_counted_per_seq": float(sums.kl_counted) / count,
             "nll_per_token": (rec + kl) * count / tokens,
-            "kl_per_dim": (sums.kl_per_dim / count).tolist(),
+            "kl_per_dim": (sums.kl_per_dim / rows).tolist(),
             "active_units": int((variance >= ACTIVE_UNIT_THRESHOLD).sum()),
             "tokens_per_second": tokens / self._seconds,
             "step_seconds": self._seconds / self._steps,

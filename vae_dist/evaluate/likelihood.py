@@ -2,7 +2,7 @@
 
 Definitions (nats, sums over a sequence's tokens, the end-of-sequence token counted, BOS and padding not):
 
-    rec = -log p(x | z), z ~ q(z | x)           kl = KL(q(z | x) || p(z)), analytic          elbo = -(rec + kl)
+    rec = -log p(x | z), z ~ q(z | x)    kl = KL(q(z | x) || p(z)), see `model/latent.py`    elbo = -(rec + kl)
     iw  = logsumexp_k [log p(x | z_k) + log p(z_k) - log q(z_k | x)] - log K    (Burda et al. 2016)
 
 Perplexities divide by the number of predicted tokens. The same code runs on one process and, each rank scoring
@@ -13,35 +13,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from vae_dist.config.model_schema import VmfConfig
 from vae_dist.data.store.split import Split
 from vae_dist.data.stream.batch import Batch, collate
 from vae_dist.data.stream.order import mix, permute
 from vae_dist.data.stream.stream import gather
-from vae_dist.evaluate.latent import active_units, kl_per_dim, mutual_information
-from vae_dist.model.vae import TextVAE
+from vae_dist.evaluate.latent import MUTUAL_INFORMATION_LATENTS, active_units, kl_per_dim, mutual_information
+from vae_dist.model.vae import TextVAE, VaeOutput
 
 EVALUATION_STREAM = 2
 _WINDOW_SEQUENCES = 8192
 _BLOCK_SEQUENCES = 256
+_SAMPLES_AT_ONCE = 10
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Per-sequence results of n sequences, D latent dimensions.
+    """Per-sequence results of n sequences with r latents, D dimensions each: r = n, or a latent a token.
 
     Attributes:
         number: int64[n], sequence numbers in the split.
         tokens: int64[n], predicted tokens.
-        rec, kl: float64[n], nats.
+        rec, kl: float64[n], nats; rec is the mean over the samples drawn.
         iw_log_likelihood: float64[n], nats; NaN where no importance samples were asked for.
-        mean, logvar, z: float32[n, D], posterior parameters and one sample.
+        row_number: int64[r], the sequence of each latent.
+        mean, logvar, z: float32[r, D], posterior parameters and one sample.
+        has_dimensions: whether the KL is a sum over dimensions, as it is between a Gaussian and N(0, I).
+        concentration: of a von Mises-Fisher posterior; None for Gaussians.
     """
 
     number: np.ndarray
@@ -49,16 +54,26 @@ class Scores:
     rec: np.ndarray
     kl: np.ndarray
     iw_log_likelihood: np.ndarray
+    row_number: np.ndarray
     mean: np.ndarray
     logvar: np.ndarray
     z: np.ndarray
+    has_dimensions: bool = True
+    concentration: float | None = None
 
     @staticmethod
     def concatenate(parts: list[Scores]) -> Scores:
         """All parts, ordered by sequence number."""
-        joined = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Scores)}
-        order = np.argsort(joined["number"], kind="stable")
-        return Scores(**{name: values[order] for name, values in joined.items()})
+
+        def joined(names: tuple[str, ...], key: str) -> dict[str, np.ndarray]:
+            order = np.argsort(np.concatenate([getattr(p, key) for p in parts]), kind="stable")
+            return {name: np.concatenate([getattr(p, name) for p in parts])[order] for name in names}
+
+        of_sequences = joined(("number", "tokens", "rec", "kl", "iw_log_likelihood"), "number")
+        of_latents = joined(("row_number", "mean", "logvar", "z"), "row_number")
+        return Scores(
+            **of_sequences, **of_latents, has_dimensions=parts[0].has_dimensions, concentration=parts[0].concentration
+        )
 
 
 @torch.no_grad()
@@ -70,6 +85,7 @@ def score_split(
     batch_sequences: int,
     importance_samples: int = 0,
     max_sequences: int | None = None,
+    fitted_prior: bool = False,
     autocast: torch.dtype | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -80,7 +96,9 @@ def score_split(
         vae: the model; put into eval mode for the duration.
         seed: of the latent noise and of the choice of sequences.
         batch_sequences: sequences in a batch of one rank.
-        importance_samples: K of the importance-weighted bound; 0 leaves it out.
+        importance_samples: K of the importance-weighted bound; 0 leaves it out. They are drawn in chunks, so memory
+            does not grow with K.
+        fitted_prior: KL and importance weights are those of the mixture that was fitted after training.
         autocast: compute dtype, or None for the weights' own.
         rank, world_size: with a world size above 1 this is a collective call.
 
@@ -88,14 +106,12 @@ def score_split(
         the scores of all ranks on rank 0, None elsewhere.
     """
     device = next(vae.parameters()).device
-    rng = torch.tensor([seed, 0], dtype=torch.int64, device=device)
     was_training = vae.training
     vae.eval()
     parts = []
-    for numbers, batch in _batches(split, seed, batch_sequences, max_sequences, rank, world_size):
+    for numbers, batch in split_batches(split, seed, batch_sequences, max_sequences, rank, world_size):
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            output = vae(batch.to(device), rng, num_samples=max(1, importance_samples), stream=EVALUATION_STREAM)
-        parts.append(_scores(numbers, batch, output, importance_samples))
+            parts.append(_score_batch(vae, numbers, batch.to(device), seed, importance_samples, fitted_prior))
     vae.train(was_training)
     return _gather(Scores.concatenate(parts), rank, world_size)
 
@@ -111,19 +127,21 @@ def summarise(scores: Scores) -> dict[str, Any]:
         "nll_per_token": (rec + kl) * count / tokens,
         "ppl": _exp((rec + kl) * count / tokens),
         "active_units": active_units(scores.mean),
-        "mutual_information_nats": mutual_information(scores.mean, scores.logvar, scores.z),
+        "mutual_information_nats": mutual_information(scores.mean, scores.logvar, scores.z, scores.concentration),
+        "mutual_information_latents": min(len(scores.mean), MUTUAL_INFORMATION_LATENTS),
         "sequences": count,
         "tokens": tokens,
     }
     if not np.isnan(scores.iw_log_likelihood).any():
         iw_nll = -math.fsum(scores.iw_log_likelihood) / count
         summary |= {"iw_nll_per_seq": iw_nll, "iw_ppl": _exp(iw_nll * count / tokens)}
-    summary["kl_per_dim"] = kl_per_dim(scores.mean, scores.logvar).tolist()
+    if scores.has_dimensions:
+        summary["kl_per_dim"] = kl_per_dim(scores.mean, scores.logvar).tolist()
     return summary
 
 
 def swapped_rec_per_seq(vae: TextVAE, split: Split, scores: Scores, *, seed: int, batch_sequences: int) -> float:
-    """Mean rec (nats per sequence) when each sequence is decoded with another one's z; single process.
+    """Mean rec (nats per sequence) when each sequence is decoded with another one's z; single process, a z a sequence.
 
     The other sequence is the next one in a random cyclic order, so no sequence keeps its own z.
     """
@@ -140,12 +158,12 @@ def swapped_rec_per_seq(vae: TextVAE, split: Split, scores: Scores, *, seed: int
             for numbers, batch in _cut(split, scores.number[start : start + _WINDOW_SEQUENCES], batch_sequences, 0, 1):
                 rows = np.searchsorted(scores.number, numbers)
                 z_BD = torch.from_numpy(scores.z[other[rows]]).to(device)
-                total += float(vae(batch.to(device), rng, z_BD=z_BD).rec_KB[0].double().sum())
+                total += float(vae(batch.to(device), rng, z=z_BD).rec_KB[0].double().sum())
     vae.train(was_training)
     return total / count
 
 
-def _batches(
+def split_batches(
     split: Split, seed: int, batch_sequences: int, max_sequences: int | None, rank: int, world_size: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """This rank's batches of the split, or of a random `max_sequences` of it."""
@@ -172,25 +190,52 @@ def _cut(
         yield numbers[rows], collate(sequences.take(rows), numbers[rows])
 
 
-def _scores(numbers: np.ndarray, batch: Batch, output: Any, importance_samples: int) -> Scores:
-    count = len(numbers)
-    iw_B = torch.full((len(batch.lengths_B),), math.nan)
+def _score_batch(
+    vae: TextVAE, numbers: np.ndarray, batch: Batch, seed: int, importance_samples: int, fitted_prior: bool
+) -> Scores:
+    """Scores of a batch's real sequences; importance samples are drawn a few at a time."""
+    device, wanted = batch.tokens_BT.device, max(1, importance_samples)
+    outputs: list[VaeOutput] = []
+    for chunk, first in enumerate(range(0, wanted, _SAMPLES_AT_ONCE)):
+        # Chunks are of one size and named by the key's second number, so no sample depends on the batch.
+        rng = torch.tensor([seed, chunk], dtype=torch.int64, device=device)
+        samples = min(_SAMPLES_AT_ONCE, wanted - first)
+        output = vae(batch, rng, num_samples=samples, stream=EVALUATION_STREAM, fitted_prior=fitted_prior)
+        keep = output.latent if not outputs else output.latent._replace(z=output.latent.z[:0])
+        outputs.append(output._replace(latent=keep))
+    rec_KB = torch.cat([o.rec_KB for o in outputs]).double()
+    iw_B = torch.full_like(rec_KB[0], math.nan)
     if importance_samples:
-        log_weight_KB = -output.rec_KB.double() + output.latent.log_p.double() - output.latent.log_q.double()
-        iw_B = torch.logsumexp(log_weight_KB, dim=0) - math.log(importance_samples)
+        log_ratio_KB = torch.cat([o.latent.log_p - o.latent.log_q for o in outputs]).double()
+        iw_B = torch.logsumexp(log_ratio_KB - rec_KB, dim=0) - math.log(importance_samples)
+    return _scores(vae, numbers, batch, outputs[0], rec_KB.mean(0), iw_B)
 
-    def host(tensor: torch.Tensor, dtype: Any) -> np.ndarray:
-        return tensor[:count].cpu().numpy().astype(dtype)
 
+def _scores(
+    vae: TextVAE, numbers: np.ndarray, batch: Batch, first: VaeOutput, rec_B: torch.Tensor, iw_B: torch.Tensor
+) -> Scores:
+    count, z = len(numbers), first.latent.z[0]
+    rows, row_number = count, numbers
+    if vae.per_token:
+        rows, z = int(batch.offsets_B1[count]), z.flatten(0, 1)[batch.valid_N]
+        row_number = np.repeat(numbers, batch.lengths_B[:count].cpu().numpy())
+
+    def host(tensor: torch.Tensor, number: int, dtype: Any) -> np.ndarray:
+        return tensor[:number].cpu().numpy().astype(dtype)
+
+    posterior = vae.config.posterior
     return Scores(
         number=numbers,
-        tokens=host(batch.lengths_B, np.int64),
-        rec=host(output.rec_KB.double().mean(0), np.float64),
-        kl=host(output.latent.kl, np.float64),
-        iw_log_likelihood=host(iw_B, np.float64),
-        mean=host(output.mean_BD.float(), np.float32),
-        logvar=host(output.logvar_BD.float(), np.float32),
-        z=host(output.latent.z[0].float(), np.float32),
+        tokens=host(batch.lengths_B, count, np.int64),
+        rec=host(rec_B, count, np.float64),
+        kl=host(first.latent.kl.double(), count, np.float64),
+        iw_log_likelihood=host(iw_B, count, np.float64),
+        row_number=row_number,
+        mean=host(first.mean_RD.float(), rows, np.float32),
+        logvar=host(first.logvar_RD.float(), rows, np.float32),
+        z=host(z.float(), rows, np.float32),
+        has_dimensions=first.latent.kl_per_dim.numel() > 0,
+        concentration=posterior.kappa if isinstance(posterior, VmfConfig) else None,
     )
 
 

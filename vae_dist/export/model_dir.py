@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vae_dist.config.schema import ModelConfig
+from vae_dist.config.model_schema import ModelConfig
 from vae_dist.data.text.tokenizer import Tokenizer
 from vae_dist.errors import DataError, ModelError
 from vae_dist.model.vae import TextVAE

@@ -11,77 +11,121 @@ length, so little is computed on padding.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from vae_dist.config.schema import LstmConfig
+from vae_dist.config.model_schema import LstmConfig, ModelConfig
 
 LstmState = tuple[torch.Tensor, torch.Tensor]
 
 
+class Lstm(nn.LSTM):
+    """torch's LSTM, batch first, with DropConnect on the recurrent weights (Merity et al. 2018, section 2).
+
+    While training, each forward pass drops entries of weight_hh once for all steps and sequences; the weights that stay
+    are scaled by 1 / (1 - p). The state itself is never masked, and the fused kernels are torch's own.
+    """
+
+    def __init__(self, input_dim: int, part: LstmConfig, model: ModelConfig) -> None:
+        between_layers = model.dropout if part.num_layers > 1 else 0.0
+        super().__init__(input_dim, part.hidden_dim, part.num_layers, batch_first=True, dropout=between_layers)
+        self.recurrent_dropout = part.recurrent_dropout
+
+    def forward(  # type: ignore[override]
+        self, x_BTE: torch.Tensor, state: LstmState | None = None
+    ) -> tuple[torch.Tensor, LstmState]:
+        """Hidden states [B, T, H] and the last state, (h, c), each [layers, B, H]; without a state it is zero."""
+        if not (self.training and self.recurrent_dropout):
+            result: tuple[torch.Tensor, LstmState] = super().forward(x_BTE, state)
+            return result
+        if state is None:
+            zeros = x_BTE.new_zeros(self.num_layers, x_BTE.shape[0], self.hidden_size)
+            state = zeros, zeros
+        weights = []
+        for weight_ih, weight_hh, bias_ih, bias_hh in self.all_weights:
+            weights += [weight_ih, F.dropout(weight_hh, self.recurrent_dropout), bias_ih, bias_hh]
+        # What nn.LSTM calls: its own forward reads its parameters, which must stay what the optimizer knows.
+        y_BTH, h, c = torch.lstm(x_BTE, state, weights, True, self.num_layers, self.dropout, True, False, True)
+        return y_BTH, (h, c)
+
+
 class LstmEncoder(nn.Module):
-    """Embeddings to one vector a sequence: the last hidden state, of both directions when bidirectional.
+    """Embeddings to the last hidden state, or to the states at every position; of both directions when bidirectional.
 
     The directions are stacks of their own: with several layers they meet only in the result.
     """
 
-    def __init__(self, config: LstmConfig, embedding_dim: int, bidirectional: bool, dropout: float) -> None:
+    def __init__(self, part: LstmConfig, model: ModelConfig) -> None:
         super().__init__()
-        inner = dropout if config.num_layers > 1 else 0.0
-        size = (embedding_dim, config.hidden_dim, config.num_layers)
-        self.forward_lstm = nn.LSTM(*size, batch_first=True, dropout=inner)
-        self.backward_lstm = nn.LSTM(*size, batch_first=True, dropout=inner) if bidirectional else None
-        self.output_dim = config.hidden_dim * (2 if bidirectional else 1)
+        self.per_token = model.latent == "token"
+        self.forward_lstm = Lstm(model.embedding_dim, part, model)
+        self.backward_lstm = Lstm(model.embedding_dim, part, model) if model.bidirectional else None
+        self.output_dim = part.hidden_dim * (2 if model.bidirectional else 1)
 
     def forward(self, x_BTE: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """The pooled representation, [B, output_dim]."""
-        last_B11 = (lengths_B - 1)[:, None, None]
-        pooled = [_at(self.forward_lstm(x_BTE)[0], last_B11)]
+        """One vector a sequence, [B, output_dim], or a token, [B, T, output_dim] (at padding: any finite number).
+
+        A token's backward state has read the sequence from its end to this token.
+        """
+        last_B1 = lengths_B[:, None] - 1
+        states = [self._pick(self.forward_lstm(x_BTE)[0], last_B1, None)]
         if self.backward_lstm is not None:
-            steps_T = torch.arange(x_BTE.shape[1], device=x_BTE.device)
-            reverse_BT = (lengths_B[:, None] - 1 - steps_T).clamp(min=0)
-            reversed_BTE = x_BTE.gather(1, reverse_BT[..., None].expand_as(x_BTE))
-            pooled.append(_at(self.backward_lstm(reversed_BTE)[0], last_B11))
-        return torch.cat(pooled, dim=-1)
+            reverse_BT = (last_B1 - torch.arange(x_BTE.shape[1], device=x_BTE.device)).clamp(min=0)
+            reversed_BTE = _at(x_BTE, reverse_BT)
+            states.append(self._pick(self.backward_lstm(reversed_BTE)[0], last_B1, reverse_BT))
+        return torch.cat(states, dim=-1)
+
+    def _pick(self, y_BTH: torch.Tensor, last_B1: torch.Tensor, order_BT: torch.Tensor | None) -> torch.Tensor:
+        if not self.per_token:
+            return _at(y_BTH, last_B1)[:, 0]
+        return y_BTH if order_BT is None else _at(y_BTH, order_BT)
 
 
 class LstmDecoder(nn.Module):
-    """Autoregressive LSTM conditioned on z.
+    """Autoregressive LSTM conditioned on z; without a latent an LSTM language model.
 
     `embedding`: a projection of z is added to every input embedding.
     `memory`: h0 = tanh(W z), c0 = W z (He et al. 2019).
+    Without teacher forcing the projection of z (the same at every step, or of the token's own z) is all the input there
+    is: no word is read, and words are independent given z.
     """
 
-    def __init__(self, config: LstmConfig, embedding_dim: int, latent_dim: int, injection: str, dropout: float) -> None:
+    def __init__(self, part: LstmConfig, model: ModelConfig) -> None:
         super().__init__()
-        inner = dropout if config.num_layers > 1 else 0.0
-        self.lstm = nn.LSTM(embedding_dim, config.hidden_dim, config.num_layers, batch_first=True, dropout=inner)
-        self.to_input = nn.Linear(latent_dim, embedding_dim, bias=False) if injection != "memory" else None
-        to_cell_dim = config.num_layers * config.hidden_dim
-        self.to_cell = nn.Linear(latent_dim, to_cell_dim) if injection != "embedding" else None
-        self.output_dim = config.hidden_dim
+        self.teacher_forcing = model.teacher_forcing
+        self.lstm = Lstm(model.embedding_dim, part, model)
+        has_latent = model.latent != "none"
+        in_input = has_latent and (model.injection in ("embedding", "both") or not model.teacher_forcing)
+        in_state = has_latent and model.injection in ("memory", "both")
+        self.to_input = nn.Linear(model.latent_dim, model.embedding_dim, bias=False) if in_input else None
+        self.to_cell = nn.Linear(model.latent_dim, part.num_layers * part.hidden_dim) if in_state else None
+        self.output_dim = part.hidden_dim
 
-    def forward(self, x_BTE: torch.Tensor, z_BD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """Hidden states under teacher forcing, [B, T, H]; `lengths_B` is not needed by a causal LSTM."""
-        return self.lstm(self._with_latent(x_BTE, z_BD), self.start(z_BD, x_BTE.shape[1]))[0]
+    def forward(self, x_BTE: torch.Tensor, z: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, H] for z [B, D] or [B, T, D]; `lengths_B` is not needed by a causal LSTM."""
+        return self.lstm(self._input(x_BTE, z), self.start(z, x_BTE.shape[1]))[0]
 
-    def start(self, z_BD: torch.Tensor, max_tokens: int) -> LstmState:
+    def start(self, z: torch.Tensor, max_tokens: int) -> LstmState:
         """State before the first token: (h0, c0), each [layers, B, H]."""
-        shape = (self.lstm.num_layers, z_BD.shape[0], self.lstm.hidden_size)
+        shape = (self.lstm.num_layers, z.shape[0], self.lstm.hidden_size)
         if self.to_cell is None:
-            return z_BD.new_zeros(shape), z_BD.new_zeros(shape)
-        cell = self.to_cell(z_BD).view(shape[1], shape[0], shape[2]).transpose(0, 1).contiguous()
+            return z.new_zeros(shape), z.new_zeros(shape)
+        cell = self.to_cell(z).view(shape[1], shape[0], shape[2]).transpose(0, 1).contiguous()
         return cell.tanh(), cell
 
     def step(
         self, x_BE: torch.Tensor, z_BD: torch.Tensor, state: LstmState, position: int
     ) -> tuple[torch.Tensor, LstmState]:
-        """One token: hidden [B, H] and the next state."""
-        hidden, state = self.lstm(self._with_latent(x_BE[:, None], z_BD), state)
+        """One token: hidden [B, H] and the next state; `z_BD` is the position's own where each has one."""
+        hidden, state = self.lstm(self._input(x_BE[:, None], z_BD), state)
         return hidden[:, 0], state
 
-    def _with_latent(self, x_BTE: torch.Tensor, z_BD: torch.Tensor) -> torch.Tensor:
-        return x_BTE if self.to_input is None else x_BTE + self.to_input(z_BD)[:, None]
+    def _input(self, x_BTE: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        if self.to_input is None:
+            return x_BTE
+        latent = self.to_input(z) if z.dim() == 3 else self.to_input(z)[:, None]
+        return x_BTE + latent if self.teacher_forcing else latent.expand_as(x_BTE)
 
 
-def _at(y_BTH: torch.Tensor, position_B11: torch.Tensor) -> torch.Tensor:
-    return y_BTH.gather(1, position_B11.expand(-1, 1, y_BTH.shape[-1]))[:, 0]
+def _at(y_BTH: torch.Tensor, position_BP: torch.Tensor) -> torch.Tensor:
+    return y_BTH.gather(1, position_BP[..., None].expand(-1, -1, y_BTH.shape[-1]))

@@ -13,7 +13,7 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends records of kind `train`, `valid`, `checkpoint` or `event`; rank 0 only."""
+    """Appends records of kind `train`, `valid`, `checkpoint`, `fit` or `event`; rank 0 only."""
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
         """Drop what an interrupted run wrote beyond the step it resumes from, then append."""

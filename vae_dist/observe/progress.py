@@ -10,7 +10,8 @@ _SHOWN_WAIT = 0.01
 
 def format_record(record: dict[str, Any], total_steps: int) -> str | None:
     """The line for a record of metrics.jsonl, or None for kinds that are not shown."""
-    formatter = {"train": _train, "valid": _valid, "checkpoint": _checkpoint, "event": _event}.get(record["kind"])
+    formatters = {"train": _train, "valid": _valid, "checkpoint": _checkpoint, "fit": _fit, "event": _event}
+    formatter = formatters.get(record["kind"])
     return formatter(record, total_steps) if formatter else None
 
 
@@ -44,6 +45,13 @@ def _valid(r: dict[str, Any], total_steps: int) -> str:
 
 def _checkpoint(r: dict[str, Any], total_steps: int) -> str:
     return f"saved{r['step']:>6}/{total_steps}  {r['path']} ({r['seconds']:.1f} s)"
+
+
+def _fit(r: dict[str, Any], total_steps: int) -> str:
+    return (
+        f"      sampling prior fitted to {r['rows']:,} latents: mean log density of held-out ones "
+        f"{r['mixture_nats']:.2f} nats (one Gaussian {r['gaussian_nats']:.2f}, N(0, I) {r['standard_normal_nats']:.2f})"
+    )
 
 
 def _event(r: dict[str, Any], total_steps: int) -> str:

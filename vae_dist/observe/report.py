@@ -6,17 +6,14 @@ All texts are escaped, so samples may hold any characters.
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from vae_dist.observe import charts
-from vae_dist.observe.progress import format_seconds
+from vae_dist.observe.page import check_keys, render_page, write_page
 
 REQUIRED = frozenset({"title", "headline", "curves"})
 OPTIONAL = frozenset(
@@ -65,55 +62,20 @@ def render_report(report: dict[str, Any]) -> str:
     Raises:
         ValueError: a required key is missing, or a key is not known.
     """
-    _check_keys(report)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "whole": format_whole,
-        "decimal": format_decimal,
-        "percent": format_percent,
-        "duration": format_seconds,
-    }
-    source = importlib.resources.files("vae_dist.observe").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
-        dict.fromkeys(OPTIONAL) | report,
+    check_keys(report, REQUIRED, OPTIONAL)
+    return render_page(
+        "report.html.jinja",
+        **dict.fromkeys(OPTIONAL) | report,
         main_curves=_curves(report["curves"], _MAIN_CURVES, width=400),
         side_curves=_curves(report["curves"], _SIDE_CURVES, width=260),
         comparison=_comparison(report["headline"]),
-        kl_chart=_kl_chart(report) if report.get("kl_per_dim") else None,
+        kl_chart=kl_chart(report) if report.get("kl_per_dim") else None,
     )
 
 
 def write_report(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Render and write the page, whole or not at all."""
-    page = render_report(report)
-    temporary = Path(f"{os.fspath(path)}.tmp")
-    # Half of a surrogate pair, which a broken tokenizer can produce, has no UTF-8 form.
-    temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    os.replace(temporary, path)
-
-
-def format_decimal(value: float | None, digits: int = 2) -> str:
-    """A number with grouped thousands; NaN and inf as such, None as n/a."""
-    return "n/a" if value is None else f"{value:,.{digits}f}"
-
-
-def format_whole(value: float | None) -> str:
-    """1234567 -> 1,234,567."""
-    return format_decimal(value, 0)
-
-
-def format_percent(value: float | None) -> str:
-    """0.0525 -> 5.25 %."""
-    return "n/a" if value is None else f"{format_decimal(100.0 * value)} %"
-
-
-def _check_keys(report: dict[str, Any]) -> None:
-    missing, unknown = REQUIRED - report.keys(), report.keys() - REQUIRED - OPTIONAL
-    problems = [f"required key {key!r} is missing" for key in sorted(missing)]
-    problems += [f"key {key!r} is not known" for key in sorted(unknown)]
-    if problems:
-        known = ", ".join(sorted(REQUIRED | OPTIONAL))
-        raise ValueError(f"cannot render the report: {'; '.join(problems)}. Known keys: {known}")
+    write_page(render_report(report), path)
 
 
 def _curves(
@@ -149,7 +111,7 @@ def _comparison(headline: dict[str, Any]) -> Markup | None:
     return charts.comparison_chart("Perplexity on validation", rows) if len(rows) > 1 else None
 
 
-def _kl_chart(report: dict[str, Any]) -> Markup:
+def kl_chart(report: dict[str, Any]) -> Markup:
     """KL of each latent dimension; grey where the posterior mean varies less than the threshold."""
     variance = report.get("variance_of_posterior_mean_per_dim")
     threshold = report.get("active_unit_threshold")

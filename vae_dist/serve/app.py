@@ -79,10 +79,10 @@ class TextVaeService:
             weights_sha256=self._loaded.weights_sha256,
             vae_dist_version=__version__,
             parameters=count_parameters(self._loaded.vae),
-            latent_dim=self._loaded.vae.config.latent_dim,
+            latent_dim=self._loaded.vae.latent_dim,
             vocab_size=self._loaded.vae.vocab_size,
             max_tokens=self._loaded.max_tokens,
-            prior="standard",
+            prior=self._loaded.vae.prior_name,
             provenance=self._loaded.info["provenance"],
             limits={"rows": schemas.MAX_ROWS, "steps": schemas.MAX_STEPS, "characters": schemas.MAX_TEXT_CHARACTERS},
         )

@@ -232,3 +232,15 @@ class Split:
     def _left_out(self, number: int, entry: MemberEntry, error: DataError) -> Sequences:
         self.damage.accept(number, error)
         return Sequences(np.empty(0, dtype=np.int64), np.zeros(entry.sequences + 1, dtype=np.int64))
+
+
+def read_all(split: Split, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """A split's tokens, flat, and offsets; its first part when it has more than `max_tokens`."""
+    parts = []
+    count = split.sequences if split.tokens <= max_tokens else split.sequences * max_tokens // split.tokens
+    for first in range(0, count, 65_536):
+        parts.append(split.read(first, min(65_536, count - first)))
+    joined = Sequences.concatenate(parts)
+    # A sequence that damage left out has length 0.
+    whole = joined.take(np.flatnonzero(joined.lengths))
+    return whole.tokens, whole.offsets

@@ -56,6 +56,24 @@ class Batch:
             return self
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
+    @property
+    def sequence_N(self) -> torch.Tensor:  # noqa: N802 - a tensor of shape [N]
+        """int64, which sequence each real token belongs to."""
+        return torch.div(self.valid_N, self.tokens_BT.shape[1], rounding_mode="floor")
+
+    def repeated(self, times: int) -> Batch:
+        """The batch `times` over: row k B + b is sequence b."""
+        again = torch.arange(times, device=self.valid_N.device)[:, None]
+        starts = again * len(self.valid_N) + self.offsets_B1[:-1]
+        return Batch(
+            tokens_BT=self.tokens_BT.repeat(times, 1),
+            lengths_B=self.lengths_B.repeat(times),
+            weight_B=self.weight_B.repeat(times),
+            sample_id_B=self.sample_id_B.repeat(times),
+            valid_N=(again * self.tokens_BT.numel() + self.valid_N).flatten(),
+            offsets_B1=torch.cat([starts.flatten(), self.offsets_B1[-1:] * times]),
+        )
+
 
 def collate(sequences: Sequences | SequenceView, sample_id: np.ndarray) -> Batch:
     """Pad sequences to the longest of them; no sequence at all gives one padding sequence."""

@@ -1,0 +1,1 @@
+"""A table of results: rows of one configuration, trained, evaluated and written as they come."""
