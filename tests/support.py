@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,6 +99,24 @@ def start_command(arguments: list[str], environment: dict[str, str] | None = Non
         text=True,
         start_new_session=True,
     )
+
+
+def train_in_one_process(data: Path, storage: Path, cases: dict[str, list[str]], timeout: float = 900) -> None:
+    """Train cases (name -> arguments of `vae_dist.train`) one after the other, under DeepSpeed and without Ray."""
+    environment = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }
+    worker = str(ROOT / "tests/distributed/options_worker.py")
+    command = [sys.executable, worker, str(data), str(storage), json.dumps(cases)]
+    done = run_command(command, environment, timeout)
+    assert done.status == 0, f"{done.out}\n{done.err}"
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str | Callable[[], str]) -> None:

@@ -21,7 +21,7 @@ from vae_dist.config.schema import Config
 from vae_dist.data.prepare.prepare import prepare_cached
 from vae_dist.data.stream.training_data import TrainingData, open_training_data
 from vae_dist.engine.plan import RunPlan, claim_run_dir, next_commands, plan_run
-from vae_dist.errors import VaeDistError
+from vae_dist.errors import ConfigError, VaeDistError
 from vae_dist.launch.prepare import executor
 from vae_dist.observe.console import INTERRUPTED, fail, say, show_log
 from vae_dist.observe.preparing import show_preparing
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started_at = time.time()
     show_log()
     try:
-        config = load_config(*_split_arguments(sys.argv[1:] if arguments is None else arguments))
+        config = _load(sys.argv[1:] if arguments is None else arguments)
         return run(config, started_at)
     except VaeDistError as error:
         return fail(error)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def plan_only(arguments: Sequence[str]) -> tuple[RunPlan, TrainingData]:
     """The plan of a command line, its data prepared, nothing launched."""
-    config = load_config(*_split_arguments(arguments))
+    config = _load(arguments)
     dirs = _data_dirs(config)
     data = open_training_data(dirs, config)
     return plan_run(config, data, dirs, time.time()), data
@@ -66,6 +66,24 @@ def run(config: Config, started_at: float) -> int:
         print(finished.read_text(encoding="utf-8"))
         return 0
     return _launch(plan)
+
+
+def _load(arguments: Sequence[str]) -> Config:
+    """The configuration; its path of word vectors absolute, since workers run in another working directory.
+
+    Raises:
+        ConfigError: the configuration is wrong, or the file is not there.
+    """
+    config = load_config(*_split_arguments(arguments))
+    if config.model.embedding_vectors is None:
+        return config
+    path = Path(config.model.embedding_vectors).expanduser().resolve()
+    if not path.is_file():
+        raise ConfigError(
+            f"model.embedding_vectors: there is no file {path}. Give a GloVe text file, such as glove.6B.50d.txt."
+        )
+    model = config.model.model_copy(update={"embedding_vectors": str(path)})
+    return config.model_copy(update={"model": model})
 
 
 def _launch(plan: RunPlan) -> int:

@@ -30,7 +30,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     for name, overrides in cases.items():
         config = load_config(None, overrides)
-        engine = start_engine(config, dataset.tokenizer, torch.device("cpu"))
+        engine, _ = start_engine(config, dataset.tokenizer, torch.device("cpu"))
         split = dataset.split("train")
         spec = order_spec(config, split, dataset.manifest_hash)
         stream = Stream([split], EpochWindows(spec), dist.get_rank(), dist.get_world_size())

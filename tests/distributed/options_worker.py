@@ -1,7 +1,7 @@
 """Trains cases one after the other through the engine's own loop, with real DeepSpeed and without Ray.
 
 usage: options_worker.py DATASET STORAGE CASES.json, under RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK.
-CASES: name -> overrides. Run directories are STORAGE/<name>; what a case was refused for is printed and ends it.
+CASES: name -> arguments of `vae_dist.train`, a configuration file and overrides. Run directories are STORAGE/<name>.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ def main() -> None:
     data_dir, storage, cases = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for name, overrides in cases.items():
+    for name, arguments in cases.items():
         places = (f"data.dir={data_dir}", f"run.storage={storage}", f"run.name={name}")
-        config = load_config(None, [*overrides, *places])
+        path, overrides = (arguments[0], arguments[1:]) if arguments[0].endswith(".yaml") else (None, arguments)
+        config = load_config(path, [*overrides, *places])
         plan = plan_run(config, open_training_data([data_dir], config), [data_dir], time.time())
         if dist.get_rank() == 0:
             claim_run_dir(plan, {})

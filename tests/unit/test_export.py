@@ -214,9 +214,7 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_version_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match="format version 1; this vae_dist reads 2"
-    ):
+    with pytest.raises(CheckpointError, match="format version 1; this vae_dist reads 2"):
         read_progress(write_checkpoint(tmp_path, 7, version=1))
 
 

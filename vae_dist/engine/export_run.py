@@ -54,7 +54,8 @@ def write_run_model(
     write_model(
         out,
         {name.removeprefix(_OBJECTIVE_PREFIX): weight for name, weight in weights.items()},
-        model,
+        # The weights hold the vectors; where they came from is a place of one machine.
+        model.model_copy(update={"embedding_vectors": None}),
         dataset.tokenizer,
         dataset.split("train").max_tokens,
         {"run": run, "steps": progress.step, "tokens_seen": progress.tokens_seen},

@@ -19,7 +19,7 @@ from vae_dist.data.stream.stream import Stream
 from vae_dist.data.stream.training_data import TrainingData, open_training_data, training_split
 from vae_dist.data.text.tokenizer import Tokenizer
 from vae_dist.engine.average import WeightAverage
-from vae_dist.engine.checkpoint import Loaded, load_newest, save_checkpoint
+from vae_dist.engine.checkpoint import load_newest, save_checkpoint
 from vae_dist.engine.checkpoint_files import Progress
 from vae_dist.engine.controllers import Controllers
 from vae_dist.engine.plan import RunPlan
@@ -79,7 +79,7 @@ class TrainingRun:
         fresh: dict[str, torch.Tensor] = {}
         if self.config.objective.reset_decoder:
             # Another seed than the first: the decoder starts again, not over.
-            objective = build_objective(self.config, self.dataset.tokenizer, torch.device("cpu"), seed_offset=1)
+            objective, _ = build_objective(self.config, self.dataset.tokenizer, torch.device("cpu"), seed_offset=1)
             weights = objective.named_parameters()
             fresh = {name: p.data for name, p in weights if not name.startswith(_KEPT_AT_RESET)}
         restart(self.engine, fresh)
@@ -223,12 +223,13 @@ def start_run(plan: RunPlan, device: torch.device) -> TrainingRun:
     """Build model and engine, load the newest checkpoint, open the stream. Collective."""
     config, world_size = plan.config, dist.get_world_size()
     data = open_training_data(plan.data_dirs, config, workers=world_size)
-    engine = start_engine(config, data.datasets[0].tokenizer, device)
+    engine, notes = start_engine(config, data.datasets[0].tokenizer, device)
     decay = config.optimizer.average_decay
     average = WeightAverage(engine.module, decay) if decay else None
     controllers = Controllers(config, plan.total_steps)
     loaded = load_newest(engine, plan.run_dir / "checkpoints", average)
     controllers.load(loaded.progress.controllers)
+    notes = [*loaded.passed_over, *(notes if loaded.progress.step == 0 else [])]
     return TrainingRun(
         plan=plan,
         engine=engine,
@@ -238,30 +239,32 @@ def start_run(plan: RunPlan, device: torch.device) -> TrainingRun:
         data=data,
         stream=data.stream(dist.get_rank(), world_size),
         window=MetricsWindow(loaded.progress.tokens_seen),
-        metrics=_open_metrics(plan, loaded, engine),
+        metrics=_open_metrics(plan, engine, loaded.progress.step, notes),
         step=loaded.progress.step,
     )
 
 
-def start_engine(config: Config, tokenizer: Tokenizer, device: torch.device) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed, at its start. Collective."""
+def start_engine(
+    config: Config, tokenizer: Tokenizer, device: torch.device
+) -> tuple[deepspeed.DeepSpeedEngine, list[str]]:
+    """The model under DeepSpeed, at its start, and what there is to say about that. Collective."""
     try:
         resolve_backend(config.train.kernels, torch.empty(0, device=device))
     except RuntimeError as error:
         raise MachineError(f"train.kernels = {config.train.kernels}: {error}") from None
     require_compiler()
     deepspeed.init_distributed()
-    return build_engine(
-        build_objective(config, tokenizer, device),
-        config.optimizer,
-        config.cluster.zero_stage,
-        config.train.batch_sequences,
-        dist.get_world_size(),
+    objective, notes = build_objective(config, tokenizer, device)
+    engine = build_engine(
+        objective, config.optimizer, config.cluster.zero_stage, config.train.batch_sequences, dist.get_world_size()
     )
+    return engine, notes
 
 
-def build_objective(config: Config, tokenizer: Tokenizer, device: torch.device, seed_offset: int = 0) -> NegativeElbo:
-    """Model and loss, freshly initialised from the run's seed."""
+def build_objective(
+    config: Config, tokenizer: Tokenizer, device: torch.device, seed_offset: int = 0
+) -> tuple[NegativeElbo, list[str]]:
+    """Model and loss, freshly initialised from the run's seed, and what there is to say about that."""
     torch.manual_seed(config.train.seed + seed_offset)
     vae = TextVAE(
         config.model,
@@ -269,20 +272,21 @@ def build_objective(config: Config, tokenizer: Tokenizer, device: torch.device, 
         kernels=config.train.kernels,
         activation_checkpointing=config.train.activation_checkpointing,
     )
+    notes = []
     if config.model.embedding_vectors:
-        initialise(vae.embedding.weight, Path(config.model.embedding_vectors), tokenizer)
-    return NegativeElbo(vae, config.objective, autocast_dtype(config.train.precision, device)).to(device)
+        vectors = Path(config.model.embedding_vectors)
+        notes.append(f"{vectors.name}: {initialise(vae.embedding.weight, vectors, tokenizer)}")
+    return NegativeElbo(vae, config.objective, autocast_dtype(config.train.precision, device)).to(device), notes
 
 
-def _open_metrics(plan: RunPlan, loaded: Loaded, engine: Any) -> MetricsWriter | None:
+def _open_metrics(plan: RunPlan, engine: Any, step: int, notes: list[str]) -> MetricsWriter | None:
     """Say how the run begins, and what DeepSpeed made of the model on each rank. Collective."""
     held: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(held, optimizer_state_elements(engine))
     if dist.get_rank() != 0:
         return None
-    step = loaded.progress.step
     metrics = MetricsWriter(plan.run_dir, step)
-    for note in loaded.passed_over:
+    for note in notes:
         metrics.write("event", step, {"message": note})
     stage = engine.zero_optimization_stage()
     facts = {

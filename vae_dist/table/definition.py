@@ -36,6 +36,9 @@ class Evaluation(Section):
     """K of the importance-weighted bound; a model without a latent has none."""
     batch_sequences: Positive = 64
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    texts: bool = False
+    """Also measure what the model writes, and keep samples, reconstructions and interpolations with the results: for
+    corpora whose licence lets their texts be passed on."""
 
 
 class Peer(Section):

@@ -13,7 +13,7 @@ from vae_dist.observe.console import say
 from vae_dist.table.jobs import Job, Table
 from vae_dist.table.render import markdown
 from vae_dist.table.results import Results
-from vae_dist.table.work import evaluate, result_row, steps_so_far, train
+from vae_dist.table.work import evaluate, result_row, steps_so_far, texts_of, train
 
 
 def make_table(table: Table, jobs: Sequence[Job], redo: Sequence[Job], results: Results) -> dict[str, Any]:
@@ -68,8 +68,9 @@ def _complete(table: Table, job: Job, label: str, results: Results) -> bool:
         return False
     evaluation = table.definition.evaluation
     say(f"{label}: evaluating on {evaluation.split}")
-    row = result_row(job, evaluation, trained, evaluate(job, evaluation, trained))
-    results.record(job, row)
+    evaluated = evaluate(job, evaluation, trained)
+    row = result_row(job, evaluation, trained, evaluated)
+    results.record(job, row, texts_of(evaluated))
     bound = f", IW PPL {row['iw_ppl']:.2f}" if row["iw_ppl"] else ""
     say(f"{label}: PPL {row['elbo_ppl']:.2f}{bound}, written to {results.path}")
     return True

@@ -3,6 +3,7 @@
 NAME.json                               a list of rows, in the table's order
 NAME/METHOD-seedS/resolved.yaml         the run's configuration, without this machine's places
 NAME/METHOD-seedS/valid.jsonl           its validations
+NAME/METHOD-seedS/texts.json            samples, reconstructions and interpolations, where the table asks for texts
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Results:
             # It was deleted, or is of a schema that is no more.
             return [error.message]
 
-    def record(self, job: Job, row: dict[str, Any]) -> None:
+    def record(self, job: Job, row: dict[str, Any], texts: dict[str, Any] | None = None) -> None:
         """Write a row and what explains it; replaces an older row of this job."""
         config = neutral(load_config(job.run_dir / "resolved.yaml"))
         records = [_plain(r) for r in read_metrics(job.run_dir) if r["kind"] == "valid"]
@@ -60,6 +61,8 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
             _replace(folder / "resolved.yaml", dump_yaml(config))
             _replace(folder / "valid.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+            if texts is not None:
+                _replace(folder / "texts.json", json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
             self._write([*others, row])
 
     def _read(self) -> list[dict[str, Any]]:

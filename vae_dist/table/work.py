@@ -17,6 +17,8 @@ from vae_dist.observe.metrics import read_metrics
 from vae_dist.table.definition import Evaluation
 from vae_dist.table.jobs import Job
 
+# Samples and reconstructions that are kept; of interpolations there are two.
+_SHOWN = 10
 TRAIN = (sys.executable, "-m", "vae_dist.train")
 EVALUATE = (sys.executable, "-m", "vae_dist", "eval")
 
@@ -35,6 +37,11 @@ def train(job: Job) -> dict[str, Any] | None:
 def evaluate(job: Job, evaluation: Evaluation, trained: dict[str, Any]) -> dict[str, Any]:
     """What `vae-dist eval` prints for the run's model; raises as `train` does."""
     flags = _evaluation_flags(job, evaluation)
+    if evaluation.texts:
+        page = job.run_dir / "evaluation.html"
+        # Of an evaluation that was interrupted.
+        page.unlink(missing_ok=True)
+        flags += ["--page", str(page)]
     command = [*EVALUATE, str(job.run_dir), trained["data_dir"], *flags]
     outcome, stopped = _run(command, f"Evaluating {job.label}")
     if stopped:
@@ -71,6 +78,21 @@ def result_row(job: Job, evaluation: Evaluation, trained: dict[str, Any], evalua
         "git_sha": run["git_sha"],
         "manifest_hash": run["manifest_hash"],
     }
+
+
+def texts_of(evaluated: dict[str, Any]) -> dict[str, Any] | None:
+    """What an evaluation says of the texts a model writes, ten of each uncut; None where it wrote none."""
+    if "samples" not in evaluated:
+        return None
+    found = {
+        "samples": evaluated["samples"]["texts"][:_SHOWN],
+        "sample_quality": evaluated.get("sample_quality"),
+        "ngram_baselines": evaluated["ngram_baselines"],
+    }
+    for name in ("reconstruction", "interpolation"):
+        if name in evaluated:
+            found[name] = {**evaluated[name], "examples": evaluated[name]["examples"][:_SHOWN]}
+    return found
 
 
 def steps_so_far(job: Job) -> tuple[int, int] | None:

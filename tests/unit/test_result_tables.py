@@ -1,0 +1,46 @@
+"""Every shipped table resolves: its rows are configurations that load, and its results belong to it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+from vae_dist.table.jobs import load_table
+from vae_dist.table.results import Results
+
+TABLES = sorted((ROOT / "configs/results").glob("*.table.yaml"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)
+def test_a_shipped_table_resolves_and_its_results_are_its_own(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    table = load_table(path.relative_to(ROOT))
+    results = Results(table)
+    for job in table.jobs:
+        row = results.find(job)
+        if row is not None:
+            assert results.changes(job, row) == [], job.label
+
+
+@pytest.mark.parametrize("path", [p for p in TABLES if p.with_name(p.name.replace(".table.yaml", ".json")).exists()])
+def test_results_agree_with_themselves(path: Path) -> None:
+    rows = json.loads(path.with_name(path.name.replace(".table.yaml", ".json")).read_text(encoding="utf-8"))
+    for row in rows:
+        nll = row["rec_per_seq"] + (row["kl_per_seq"] or 0.0)
+        assert row["elbo_ppl"] == pytest.approx(math.exp(nll * row["sequences"] / row["tokens"]), rel=1e-6)
+        # The importance-weighted bound is the tighter one, and a language model has none.
+        assert (row["iw_ppl"] is None) == (row["importance_samples"] == 0)
+        assert row["iw_ppl"] is None or row["iw_ppl"] < row["elbo_ppl"]
+        assert row["command"].startswith("python -m vae_dist.train ")
+
+
+def test_the_ptb_rows_count_the_published_protocol() -> None:
+    path = ROOT / "configs/results/ptb.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    for row in rows:
+        assert (row["sequences"], row["tokens"], row["split"]) == (3761, 82430, "test")
+        assert row["importance_samples"] in (0, 500)
