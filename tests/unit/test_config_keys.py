@@ -56,6 +56,9 @@ model.encoder[transformer].num_layers
 model.encoder[transformer].num_heads
 model.encoder[transformer].mlp_ratio
 model.encoder[bag_of_words].kind
+model.encoder[huggingface].kind
+model.encoder[huggingface].checkpoint
+model.encoder[huggingface].architecture
 model.decoder[lstm].kind
 model.decoder[lstm].hidden_dim
 model.decoder[lstm].num_layers
@@ -66,6 +69,9 @@ model.decoder[transformer].num_layers
 model.decoder[transformer].num_heads
 model.decoder[transformer].mlp_ratio
 model.decoder[bag_of_words].kind
+model.decoder[huggingface].kind
+model.decoder[huggingface].checkpoint
+model.decoder[huggingface].architecture
 model.bidirectional
 model.teacher_forcing
 model.latent

@@ -12,7 +12,7 @@ from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.prepare.prepare import prepare
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.data.stream.training_data import open_training_data, order_spec
-from vae_dist.engine.plan import RunPlan, claim_run_dir, plan_run
+from vae_dist.engine.plan import RunPlan, _result_config, claim_run_dir, plan_run
 from vae_dist.engine.plan_view import draw_schedule, schedule_lines
 from vae_dist.errors import CheckpointError, DataError
 
@@ -228,3 +228,25 @@ def test_the_plan_says_what_controllers_do(overrides: list[str], name: str, word
 
 def test_the_plan_of_a_language_model_has_no_beta() -> None:
     assert list(schedules("model.latent=none")) == ["learning rate"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["optimizer.schedule=plateau"], "optimizer.schedule = plateau follows the validation"),
+        (["objective.aggressive={}", "objective.free_bits=none"], "objective.aggressive follows"),
+        (["evaluate.select=best", "optimizer.schedule=plateau"], "plateau and evaluate.select = best follow the"),
+    ],
+)
+def test_what_follows_the_validation_is_refused_without_a_validation_split(
+    dataset: Dataset, overrides: list[str], named: str
+) -> None:
+    with pytest.raises(DataError, match=named):
+        plan(dataset, *overrides)
+
+
+def test_when_validation_steers_a_run_its_times_are_part_of_the_result() -> None:
+    config = load_config(None, ["evaluate.every_steps=3"])
+    assert "evaluate" not in _result_config(config)
+    steered = _result_config(load_config(None, ["evaluate.every_steps=3", "evaluate.select=best"]))
+    assert steered["evaluate"] == {"select": "best", "every_steps": 3, "max_sequences": 1000}

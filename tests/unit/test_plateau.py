@@ -49,7 +49,12 @@ def test_the_plateau_after_the_last_reduction_stops_the_run() -> None:
     plateau = make(patience=1, max_reductions=2, factor=0.1)
     assert answers(plateau, [-8.0, -9.0, -9.0]) == ["improved", "reduce", "reduce"]
     assert plateau.factor == pytest.approx(0.01)
+    assert not plateau.is_over
     assert answers(plateau, [-7.0, -9.0]) == ["improved", "stop"]
+    # A run that is resumed after its stop must know that it is over.
+    resumed = Plateau(PlateauConfig())
+    resumed.load(plateau.state())
+    assert plateau.is_over and resumed.is_over
     assert plateau.factor == pytest.approx(0.01)
 
 

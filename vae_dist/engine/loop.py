@@ -34,8 +34,9 @@ def train(plan: RunPlan, device: torch.device, should_stop: Callable[[], bool]) 
     """Train from the newest checkpoint to the last step, or until a rank is told to stop."""
     run = start_run(plan, device)
     later_phases = {phase.first_step for phase in phases(plan.total_steps, plan.config.objective)[1:]}
-    stopped = False
-    for share in run.stream.shares(run.step, plan.total_steps):
+    stopped, plateau = False, run.controllers.plateau
+    last_step = run.step if plateau and plateau.is_over else plan.total_steps
+    for share in run.stream.shares(run.step, last_step):
         batches, stopped = run.train_step.batches(share, should_stop())
         if stopped:
             run.save()

@@ -14,6 +14,7 @@ class _State:
     validations: int = 0
     waited: int = 0
     reductions: int = 0
+    over: bool = False
 
 
 class Plateau:
@@ -33,6 +34,11 @@ class Plateau:
         """What the schedule's learning rate is multiplied with."""
         return self._config.factor**self._state.reductions
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the last validation ended the run: one that is resumed then has no step to make."""
+        return self._state.over
+
     def after_validation(self, elbo_per_seq: float) -> Literal["improved", "waiting", "reduce", "stop"]:
         """Take in a validation, nats, higher is better; what the run has to do."""
         state, number = self._state, self._state.validations
@@ -44,6 +50,7 @@ class Plateau:
         if state.waited < self._config.patience or number < self._config.first_validation:
             return "waiting"
         if state.reductions == self._config.max_reductions:
+            state.over = True
             return "stop"
         state.waited, state.reductions = 0, state.reductions + 1
         return "reduce"
