@@ -23,6 +23,7 @@ from vae_dist.data.stream.training_data import TrainingData, open_training_data
 from vae_dist.engine.plan import RunPlan, claim_run_dir, next_commands, plan_run
 from vae_dist.errors import ConfigError, VaeDistError
 from vae_dist.launch.prepare import executor
+from vae_dist.model.huggingface_checkpoint import require_positions, with_architectures
 from vae_dist.observe.console import INTERRUPTED, fail, say, show_log
 from vae_dist.observe.preparing import show_preparing
 from vae_dist.observe.versions import versions
@@ -44,10 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def plan_only(arguments: Sequence[str]) -> tuple[RunPlan, TrainingData]:
     """The plan of a command line, its data prepared, nothing launched."""
-    config = _load(arguments)
-    dirs = _data_dirs(config)
-    data = open_training_data(dirs, config)
-    return plan_run(config, data, dirs, time.time()), data
+    return _plan(_load(arguments), time.time())
 
 
 def run(config: Config, started_at: float) -> int:
@@ -57,8 +55,7 @@ def run(config: Config, started_at: float) -> int:
             f"warning: run.storage = {config.run.storage} lies in the job's unpacked working directory, which Ray "
             "deletes some time after the job. Give an absolute path in storage that all nodes share."
         )
-    dirs = _data_dirs(config)
-    plan = plan_run(config, open_training_data(dirs, config), dirs, started_at)
+    plan, _ = _plan(config, started_at)
     claim_run_dir(plan, _provenance())
     finished = plan.run_dir / "result.json"
     if finished.exists():
@@ -69,21 +66,29 @@ def run(config: Config, started_at: float) -> int:
 
 
 def _load(arguments: Sequence[str]) -> Config:
-    """The configuration; its path of word vectors absolute, since workers run in another working directory.
+    """The configuration with what its checkpoints say, and absolute paths, since workers run in another directory.
 
     Raises:
-        ConfigError: the configuration is wrong, or the file is not there.
+        ConfigError: the configuration is wrong, or a file or a checkpoint of the model is not there.
     """
     config = load_config(*_split_arguments(arguments))
-    if config.model.embedding_vectors is None:
-        return config
-    path = Path(config.model.embedding_vectors).expanduser().resolve()
-    if not path.is_file():
-        raise ConfigError(
-            f"model.embedding_vectors: there is no file {path}. Give a GloVe text file, such as glove.6B.50d.txt."
-        )
-    model = config.model.model_copy(update={"embedding_vectors": str(path)})
+    model = with_architectures(config.model)
+    if model.embedding_vectors is not None:
+        path = Path(model.embedding_vectors).expanduser().resolve()
+        if not path.is_file():
+            raise ConfigError(
+                f"model.embedding_vectors: there is no file {path}. Give a GloVe text file, such as glove.6B.50d.txt."
+            )
+        model = model.model_copy(update={"embedding_vectors": str(path)})
     return config.model_copy(update={"model": model})
+
+
+def _plan(config: Config, started_at: float) -> tuple[RunPlan, TrainingData]:
+    """The run, its data prepared."""
+    dirs = _data_dirs(config)
+    data = open_training_data(dirs, config)
+    require_positions(config.model, data.max_tokens)
+    return plan_run(config, data, dirs, started_at), data
 
 
 def _launch(plan: RunPlan) -> int:

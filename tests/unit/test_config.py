@@ -130,7 +130,7 @@ def test_all_mistakes_are_listed_at_once(tmp_path: Path) -> None:
             "model: {injection: prefix}",
             ("model.injection = 'prefix'", "'embedding', 'memory', 'both', 'layers' or 'cross_attention'"),
         ),
-        ("model: {encoder: {kind: gru}}", ("model.encoder", "'gru'", "lstm, transformer or bag_of_words")),
+        ("model: {encoder: {kind: gru}}", ("model.encoder", "'gru'", "lstm, transformer, bag_of_words or huggingface")),
         ("model: 3", ("model = 3", "dictionary")),
         ("train: {seed: -1}", ("train.seed = -1", "greater than or equal to 0")),
         ("train: {seed: 4294967296}", ("train.seed = 4294967296", "less than 4294967296")),

@@ -121,6 +121,15 @@ def test_tokens_that_both_vocabularies_have_get_the_checkpoints_embeddings(check
     torch.testing.assert_close(rms[0], rms[1], atol=0, rtol=1e-6)
 
 
+def test_a_token_without_a_row_in_the_checkpoint_is_not_counted(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints["gpt2"], tmp_path / "gpt2")
+    their_tokenizer((*THEIR_TOKENS, *(f"[unused {i}]" for i in range(THEIR_VOCAB)), "harbour")).save(
+        str(folder / "tokenizer.json")
+    )
+    vae = TextVAE(make_config(decoder=part(folder)), VOCAB)
+    assert start_from_checkpoints(vae, TOKENIZER)[1].endswith("embeddings of 6 of 7 tokens (85.7%)")
+
+
 @torch.no_grad()
 def test_byte_level_vocabularies_that_differ_in_their_special_tokens_share_all_pieces(tmp_path: Path) -> None:
     texts = ["the old sailor watched the boat"] * 5

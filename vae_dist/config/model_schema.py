@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag
 
@@ -41,11 +41,24 @@ class BagOfWordsConfig(Section):
     kind: Literal["bag_of_words"] = "bag_of_words"
 
 
+class HuggingFaceConfig(Section):
+    """A model of Hugging Face `transformers` (an extra): an encoder such as BERT, a decoder such as GPT-2 or Llama."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    checkpoint: Name | None = None
+    """A directory with config.json and *.safetensors that the weights start from; with a tokenizer.json the embeddings
+    of tokens that our vocabulary shares do, too (the decoder's before the encoder's). null: random weights."""
+    architecture: dict[str, Any] | None = None
+    """What config.json says, filled in from the checkpoint; without one {model_type: llama, hidden_size: 64, ...}.
+    Its hidden size must be embedding_dim, and model.dropout takes the place of its dropout."""
+
+
 Backbone = Annotated[
     Annotated[LstmConfig, Tag("lstm")]
     | Annotated[TransformerConfig, Tag("transformer")]
-    | Annotated[BagOfWordsConfig, Tag("bag_of_words")],
-    by_kind("lstm", "transformer", "bag_of_words"),
+    | Annotated[BagOfWordsConfig, Tag("bag_of_words")]
+    | Annotated[HuggingFaceConfig, Tag("huggingface")],
+    by_kind("lstm", "transformer", "bag_of_words", "huggingface"),
 ]
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from vae_dist.config.model_schema import GaussianConfig, TransformerConfig, VmfConfig
+from vae_dist.config.model_schema import GaussianConfig, HuggingFaceConfig, TransformerConfig, VmfConfig
 from vae_dist.config.objective_schema import (
     CyclicalAnnealing,
     LinearAnnealing,
@@ -255,6 +255,24 @@ def _rotary_head_sizes(config: Config) -> Iterator[str]:
             )
 
 
+def _huggingface_parts(config: Config) -> Iterator[str]:
+    model = config.model
+    for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
+        if not isinstance(part, HuggingFaceConfig):
+            continue
+        if part.checkpoint is None and part.architecture is None:
+            yield (
+                f"model.{name}.kind = huggingface has neither a checkpoint nor an architecture. Give "
+                f"model.{name}.checkpoint=DIRECTORY, or model.{name}.architecture={{model_type: llama, ...}}."
+            )
+        if part.checkpoint is not None and model.embedding_vectors is not None:
+            yield (
+                f"model.embedding_vectors = {model.embedding_vectors} and model.{name}.checkpoint = {part.checkpoint} "
+                "are two answers to what the embeddings start from. Use model.embedding_vectors=null, or another kind "
+                f"of {name}."
+            )
+
+
 def _annealing_arrives(config: Config) -> Iterator[str]:
     """Optimus' own settings zero 0.7 and ramp 0.5 end at 0.6 of beta in silence; these end in a message."""
     annealing = config.objective.annealing
@@ -311,6 +329,7 @@ def _doubly_reparameterised(config: Config) -> Iterator[str]:
 
 _RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _rotary_head_sizes,
+    _huggingface_parts,
     _annealing_arrives,
     _rate_can_be_held,
     _doubly_reparameterised,

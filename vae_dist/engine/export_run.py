@@ -14,6 +14,7 @@ from vae_dist.data.store.dataset import Dataset
 from vae_dist.engine.checkpoint_files import Progress, newest_whole, read_progress, read_states
 from vae_dist.errors import ModelError
 from vae_dist.export.model_dir import copy_model, find_model_dir, load_model, write_model
+from vae_dist.model.huggingface_checkpoint import without_checkpoints
 
 # DeepSpeed wraps the objective, which holds the model under this name.
 _OBJECTIVE_PREFIX = "vae."
@@ -54,8 +55,8 @@ def write_run_model(
     write_model(
         out,
         {name.removeprefix(_OBJECTIVE_PREFIX): weight for name, weight in weights.items()},
-        # The weights hold the vectors; where they came from is a place of one machine.
-        model.model_copy(update={"embedding_vectors": None}),
+        # The weights hold the vectors and checkpoints; where they came from is a place of one machine.
+        without_checkpoints(model).model_copy(update={"embedding_vectors": None}),
         dataset.tokenizer,
         dataset.split("train").max_tokens,
         {"run": run, "steps": progress.step, "tokens_seen": progress.tokens_seen},

@@ -31,6 +31,7 @@ from vae_dist.errors import MachineError, RunError
 from vae_dist.evaluate.aggregate import fit_sampling_prior
 from vae_dist.evaluate.likelihood import Scores, score_split, summarise
 from vae_dist.model.embedding_vectors import initialise
+from vae_dist.model.huggingface_checkpoint import start_from_checkpoints
 from vae_dist.model.vae import TextVAE, count_parameters
 from vae_dist.objective.elbo import NegativeElbo
 from vae_dist.objective.schedule import is_autoencoder
@@ -272,7 +273,7 @@ def build_objective(
         kernels=config.train.kernels,
         activation_checkpointing=config.train.activation_checkpointing,
     )
-    notes = []
+    notes = start_from_checkpoints(vae, tokenizer)
     if config.model.embedding_vectors:
         vectors = Path(config.model.embedding_vectors)
         notes.append(f"{vectors.name}: {initialise(vae.embedding.weight, vectors, tokenizer)}")

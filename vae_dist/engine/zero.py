@@ -100,14 +100,14 @@ def named_state(engine: deepspeed.DeepSpeedEngine) -> Iterator[NamedState]:
         if slots:
             slots["step"] = torch.tensor(_optimizer_step(engine, parameter))
         yield NamedState(name, _to_host(_get(engine, parameter, None)), slots)
-    for name, buffer in engine.module.named_buffers():
+    for name, buffer in _buffers(engine):
         yield NamedState(name, _to_host(buffer), {})
 
 
 def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """All float32 weights and buffers, unsharded, on the host of every rank. Collective."""
     weights = {name: _to_host(_get(engine, p, None)).clone() for name, p in engine.module.named_parameters()}
-    return weights | {name: _to_host(b).clone() for name, b in engine.module.named_buffers()}
+    return weights | {name: _to_host(b).clone() for name, b in _buffers(engine)}
 
 
 def load_state(engine: deepspeed.DeepSpeedEngine, states: dict[str, NamedState]) -> None:
@@ -116,7 +116,7 @@ def load_state(engine: deepspeed.DeepSpeedEngine, states: dict[str, NamedState])
         _set(engine, parameter, None, states[name].weight)
         for moment in _moments(engine, parameter):
             _set(engine, parameter, moment, states[name].slots[moment])
-    for name, buffer in engine.module.named_buffers():
+    for name, buffer in _buffers(engine):
         buffer.copy_(states[name].weight)
     steps = {name: float(state.slots["step"]) for name, state in states.items() if "step" in state.slots}
     _set_optimizer_steps(engine, steps)
@@ -135,6 +135,12 @@ def restart(engine: deepspeed.DeepSpeedEngine, fresh: dict[str, torch.Tensor]) -
             _set(engine, parameter, moment, torch.zeros_like(_get(engine, parameter, moment)))
     _set_optimizer_steps(engine, dict.fromkeys(dict(engine.module.named_parameters()), 0.0))
     _refresh_shards(engine)
+
+
+def _buffers(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, torch.Tensor]]:
+    """The buffers that belong to the weights: not those that a module makes anew, such as tables of positions."""
+    kept = engine.module.state_dict(keep_vars=True).keys()
+    return [(name, buffer) for name, buffer in engine.module.named_buffers() if name in kept]
 
 
 def _set_optimizer_steps(engine: deepspeed.DeepSpeedEngine, steps: dict[str, float]) -> None:

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vae_dist.config.model_schema import LstmConfig, ModelConfig, TransformerConfig
+from vae_dist.config.model_schema import HuggingFaceConfig, LstmConfig, ModelConfig, TransformerConfig
 from vae_dist.data.stream.batch import Batch
 from vae_dist.data.text.special_ids import BOS_ID, PAD_ID, UNK_ID
 from vae_dist.model.bag_of_words import BagOfWordsDecoder, BagOfWordsEncoder
 from vae_dist.model.dropout import SequenceDropout
+from vae_dist.model.huggingface import HuggingFaceDecoder, HuggingFaceEncoder
 from vae_dist.model.latent import LatentSample
 from vae_dist.model.lstm import LstmDecoder, LstmEncoder
 from vae_dist.model.posterior import LogPrior, build_posterior
@@ -283,19 +284,27 @@ def _per_sequence(sample: LatentSample, batch: Batch) -> LatentSample:
     )
 
 
-def _build_encoder(config: ModelConfig, recompute: bool) -> LstmEncoder | TransformerEncoder | BagOfWordsEncoder:
+def _build_encoder(
+    config: ModelConfig, recompute: bool
+) -> LstmEncoder | TransformerEncoder | BagOfWordsEncoder | HuggingFaceEncoder:
     part = config.encoder
     if isinstance(part, LstmConfig):
         return LstmEncoder(part, config)
     if isinstance(part, TransformerConfig):
         return TransformerEncoder(part, config, recompute)
+    if isinstance(part, HuggingFaceConfig):
+        return HuggingFaceEncoder(part, config, recompute)
     return BagOfWordsEncoder(config)
 
 
-def _build_decoder(config: ModelConfig, recompute: bool) -> LstmDecoder | TransformerDecoder | BagOfWordsDecoder:
+def _build_decoder(
+    config: ModelConfig, recompute: bool
+) -> LstmDecoder | TransformerDecoder | BagOfWordsDecoder | HuggingFaceDecoder:
     part = config.decoder
     if isinstance(part, LstmConfig):
         return LstmDecoder(part, config)
     if isinstance(part, TransformerConfig):
         return TransformerDecoder(part, config, recompute)
+    if isinstance(part, HuggingFaceConfig):
+        return HuggingFaceDecoder(part, config, recompute)
     return BagOfWordsDecoder(config)
