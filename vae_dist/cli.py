@@ -145,7 +145,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if page:
         write_evaluation(found, page)
         say(f"page: {page}")
-    return {**found, **found.pop("scores")}
+    scores = found.pop("scores")
+    return {**found, **scores}
 
 
 def sample(args: argparse.Namespace) -> dict[str, Any]:

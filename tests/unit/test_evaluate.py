@@ -102,7 +102,7 @@ class LinearGaussian(nn.Module):
     diagonal q below leaves a gap that is known too.
     """
 
-    config, per_token = ModelConfig(), False
+    config, per_token, latent_dim = ModelConfig(), False, LATENT
 
     def __init__(self, longest: int = 12) -> None:
         super().__init__()

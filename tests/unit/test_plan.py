@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from vae_dist.config.load import load_config
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.prepare.prepare import prepare
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.data.stream.training_data import open_training_data, order_spec
-from vae_dist.engine.plan import RunPlan, _result_config, claim_run_dir, plan_run
-from vae_dist.engine.plan_view import draw_schedule, schedule_lines
+from vae_dist.engine.plan import RunPlan, _plateau_problem, _result_config, claim_run_dir, plan_run
+from vae_dist.engine.plan_view import describe_plan, draw_schedule, schedule_lines
 from vae_dist.errors import CheckpointError, DataError
+from vae_dist.model.vae import TextVAE, count_parameters
 
 BASE = ["train.batch_sequences=16", "data.streams=4", "train.epochs=3", "train.seed=1", "objective.beta=1.0"]
 OPTIONS = PrepareConfig(tokenizer="word", vocab_size=64, valid_fraction=0.0, test_fraction=0.0, max_tokens=20)
@@ -243,6 +245,46 @@ def test_what_follows_the_validation_is_refused_without_a_validation_split(
 ) -> None:
     with pytest.raises(DataError, match=named):
         plan(dataset, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model.sampling_components=99"], "99 Gaussians cannot be fitted to the latents of 100 training sequences"),
+    ],
+)
+def test_what_the_data_is_too_small_for_is_refused_before_training(
+    dataset: Dataset, overrides: list[str], named: str
+) -> None:
+    with pytest.raises(DataError, match=named):
+        plan(dataset, *overrides)
+
+
+def test_a_plateau_that_can_never_be_found_is_refused() -> None:
+    config = load_config(None, ["optimizer.schedule=plateau"])
+    message = _plateau_problem(config, 1000, 100)
+    assert message is not None and "waits for validation 15" in message and "the run has 10" in message
+    assert _plateau_problem(config, 1000, 50) is None
+    assert _plateau_problem(load_config(None, []), 1000, 100) is None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.posterior={kind: vmf}", "objective.free_bits=none"],
+        ["model.posterior={kind: delta}", "objective.free_bits=none"],
+        *([f"model.prior={{kind: {kind}}}", "objective.free_bits=none"] for kind in ("mixture", "vamp", "flow")),
+        ["model.sampling_components=3"],
+        ["model.latent=none"],
+    ],
+    ids=str,
+)
+def test_every_posterior_and_prior_is_planned(dataset: Dataset, overrides: list[str]) -> None:
+    config = load_config(None, [*BASE, *overrides])
+    data = open_training_data([dataset.path], config)
+    numbers = describe_plan(plan_run(config, data, [dataset.path], 0.0), data)
+    torch.manual_seed(0)
+    assert numbers["parameters"] == count_parameters(TextVAE(config.model, dataset.tokenizer.vocab_size))
 
 
 def test_when_validation_steers_a_run_its_times_are_part_of_the_result() -> None:

@@ -129,7 +129,7 @@ class ObjectiveConfig(Section):
     """Weight of the KL after the annealing."""
     annealing: Annealing = LinearAnnealing()
     free_bits: Literal["none", "dimension", "sequence", "batch_dimension", "batch_sequence"] = "dimension"
-    """The KL counts at least `free_bits_nats`: in each dimension of each sequence (Li et al. 2019), in each sequence,
+    """The KL counts at least `free_bits_nats`: in each dimension of each latent (Li et al. 2019), in each sequence,
     in each dimension on average over the global batch (Kingma et al. 2016), or in all on average over it."""
     free_bits_nats: NonNegativeFloat = 0.15
     """Per dimension in the dimension forms, per sequence in the others; 0 is off."""
@@ -147,7 +147,7 @@ class ObjectiveConfig(Section):
     """Gradient of the importance-weighted bound: its own, or the doubly reparameterised one, whose noise in the
     encoder's gradient does not grow with K (Tucker et al. 2019)."""
     entropy_weight: NonNegativeFloat = 0.0
-    """Subtract this times the posterior's entropy from the loss."""
+    """Subtract this times the posterior's entropy from the loss, in an autoencoder phase too."""
 
 
 class PlateauConfig(Section):

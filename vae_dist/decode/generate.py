@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from vae_dist.data.text.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-from vae_dist.model.vae import POSITIONS, TextVAE
+from vae_dist.errors import DataError
+from vae_dist.model.vae import TextVAE
 from vae_kernels import gaussian_rsample_kl, philox_uniform
 
 PRIOR_STREAM = 3
@@ -66,22 +67,36 @@ def prior_latents(vae: TextVAE, seeds: Sequence[int], max_tokens: int, scale: fl
 
     From the mixture that was fitted to the latents where there is one, else from the prior. Row i depends on seeds[i]
     alone. `scale` multiplies the noise that z is made of.
+
+    Raises:
+        DataError: a scale other than 1 where z lies on the sphere.
     """
     sampler, device = vae.sampling_prior or vae.prior, vae.output_bias.device
     if sampler is None:
         return torch.zeros(len(seeds), 0, device=device)
-    ids = torch.tensor(list(seeds), dtype=torch.int64)
-    if vae.per_token:
-        ids = (ids[:, None] * POSITIONS + torch.arange(max_tokens)).flatten()
-    zeros = torch.zeros(len(ids), vae.latent_dim)
-    normal = scale * gaussian_rsample_kl(zeros, zeros, _KEY, ids, stream=PRIOR_STREAM, backend="torch").z[0]
-    uniform = philox_uniform(_KEY, ids, torch.tensor(0), stream=COMPONENT_STREAM)
-    z = sampler.from_noise(normal.to(device), uniform.to(device), vae.encode_embeddings)
+    if scale != 1.0 and vae.config.posterior.kind == "vmf":
+        raise DataError(
+            f"A prior scale of {scale:g} would take z off the sphere that this model's latents lie on. Leave it at 1."
+        )
+    rows = max_tokens if vae.per_token else 1
+    seed_B = torch.tensor(list(seeds), dtype=torch.int64)
+    # The latents of a row's tokens are so many dimensions of one draw.
+    zeros = torch.zeros(len(seed_B), rows * vae.latent_dim)
+    normal = scale * gaussian_rsample_kl(zeros, zeros, _KEY, seed_B, stream=PRIOR_STREAM, backend="torch").z[0]
+    uniform = philox_uniform(_KEY, seed_B[:, None], torch.arange(rows), stream=COMPONENT_STREAM)
+    noise = normal.view(-1, vae.latent_dim).to(device), uniform.flatten().to(device)
+    z = sampler.from_noise(*noise, vae.encode_embeddings)
     return z.unflatten(0, (len(seeds), max_tokens)) if vae.per_token else z
 
 
 @torch.inference_mode()
-def generate(vae: TextVAE, z: torch.Tensor, seeds: Sequence[int], decoding: Decoding) -> list[Generated]:
+def generate(
+    vae: TextVAE,
+    z: torch.Tensor,
+    seeds: Sequence[int],
+    decoding: Decoding,
+    lengths: Sequence[int] | None = None,
+) -> list[Generated]:
     """Decode latents to tokens.
 
     Args:
@@ -89,16 +104,20 @@ def generate(vae: TextVAE, z: torch.Tensor, seeds: Sequence[int], decoding: Deco
         z: float32 latents [B, D], or [B, T, D] with one for each token, of which there are then at most T.
         seeds: one per row; not used when greedy.
         decoding: how tokens are chosen.
+        lengths: most tokens of each row, where every token has a latent and rows have more or fewer of them.
     """
-    device, count, most = z.device, z.shape[0], decoding.max_tokens if z.dim() == 2 else z.shape[1]
+    device, count = z.device, z.shape[0]
+    most = min(decoding.max_tokens, z.shape[1]) if z.dim() == 3 else decoding.max_tokens
+    limit_B = torch.full((count,), most, device=device) if lengths is None else torch.tensor(lengths, device=device)
     seed_B = torch.tensor(list(seeds), dtype=torch.int64, device=device)
     banned = [PAD_ID, BOS_ID] + ([] if decoding.allow_unknown else [UNK_ID])
     token_B = torch.full((count,), BOS_ID, dtype=torch.int64, device=device)
     state: Any = vae.decoder.start(z if z.dim() == 2 else z[:, 0], decoding.max_tokens)
     log_prob_B = torch.zeros(count, device=device)
     done_B = torch.zeros(count, dtype=torch.bool, device=device)
+    finished_B = done_B
     columns = []
-    for position in range(min(decoding.max_tokens, most)):
+    for position in range(most):
         logits_BV, state = vae.step(token_B, z if z.dim() == 2 else z[:, position], state, position)
         log_prob_BV = torch.log_softmax(logits_BV, dim=-1)
         chosen_B = _choose(
@@ -107,13 +126,14 @@ def generate(vae: TextVAE, z: torch.Tensor, seeds: Sequence[int], decoding: Deco
         token_B = torch.where(done_B, PAD_ID, chosen_B)
         log_prob_B += torch.where(done_B, 0.0, log_prob_BV.gather(1, chosen_B[:, None])[:, 0])
         columns.append(token_B)
-        done_B = done_B | (token_B == EOS_ID)
+        finished_B = finished_B | (token_B == EOS_ID)
+        done_B = finished_B | (position + 1 >= limit_B)
         if bool(done_B.all()):
             break
     rows = torch.stack(columns, dim=1).tolist() if columns else [[] for _ in range(count)]
     return [
         Generated([t for t in row if t != PAD_ID], log_prob, done)
-        for row, log_prob, done in zip(rows, log_prob_B.tolist(), done_B.tolist(), strict=True)
+        for row, log_prob, done in zip(rows, log_prob_B.tolist(), finished_B.tolist(), strict=True)
     ]
 
 

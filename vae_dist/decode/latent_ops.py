@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,21 +44,35 @@ class TextModel:
 
     def reconstruct(self, texts: Sequence[str], seed: int, decoding: Decoding) -> tuple[list[str], list[Generated]]:
         """Each text decoded from its posterior mean."""
-        mean_BD, _, _ = self.encode(texts)
-        rows = generate(self.vae, mean_BD, range(seed, seed + len(texts)), decoding)
+        mean, _, _ = self.encode(texts)
+        rows = generate(self.vae, mean, range(seed, seed + len(texts)), decoding, self._lengths(texts))
         return self.texts(rows), rows
 
     def interpolate(
         self, a: str, b: str, steps: int, path: str, seed: int, decoding: Decoding
     ) -> tuple[list[float], list[str], list[Generated]]:
-        """`steps` points from a's posterior mean (t = 0) to b's (t = 1), along a line or a great circle."""
-        mean_BD, _, _ = self.encode([a, b])
-        t = torch.linspace(0.0, 1.0, steps, device=mean_BD.device)
-        # The latents of a von Mises-Fisher posterior live on the sphere, where the way is an arc.
-        between = slerp if path == "slerp" or self.vae.config.posterior.kind == "vmf" else torch.lerp
-        ends = mean_BD.flatten(1)
-        points = torch.stack([between(ends[0], ends[1], weight) for weight in t])
-        rows = generate(self.vae, points.view(steps, *mean_BD.shape[1:]), [seed] * steps, decoding)
+        """`steps` points from a's posterior mean (t = 0) to b's (t = 1), along a line or a great circle.
+
+        Where every token has a latent each position goes its own way, and one that a text lacks has the other's
+        latent. On the sphere a line is projected onto it.
+        """
+        mean, _, _ = self.encode([a, b])
+        lengths = self._lengths([a, b])
+        starts, ends = (part if self.vae.per_token else part[None] for part in mean)
+        if lengths:
+            position = torch.arange(len(starts), device=mean.device)[:, None]
+            starts, ends = (
+                torch.where(position < lengths[0], starts, ends),
+                torch.where(position < lengths[1], ends, starts),
+            )
+        t = torch.linspace(0.0, 1.0, steps, device=mean.device)
+        between = slerp if path == "slerp" else torch.lerp
+        points = [torch.stack([between(x, y, at) for x, y in zip(starts, ends, strict=True)]) for at in t]
+        z = torch.stack(points) if self.vae.per_token else torch.cat(points)
+        if self.vae.config.posterior.kind == "vmf":
+            z = torch.nn.functional.normalize(z, dim=-1)
+        most = [round((1.0 - at) * lengths[0] + at * lengths[1]) for at in t.tolist()] if lengths else None
+        rows = generate(self.vae, z, [seed] * steps, decoding, most)
         return t.tolist(), self.texts(rows), rows
 
     def batch(self, texts: Sequence[str]) -> tuple[Batch, list[bool]]:
@@ -77,6 +91,10 @@ class TextModel:
     def texts(self, rows: Sequence[Generated]) -> list[str]:
         """Decoded rows as text."""
         return [self.tokenizer.decode(row.tokens) for row in rows]
+
+    def _lengths(self, texts: Sequence[str]) -> list[int] | None:
+        """Tokens of each text, which bound what is written where every token has a latent; None elsewhere."""
+        return self.batch(texts)[0].lengths_B.tolist() if self.vae.per_token else None
 
     def _require_latent(self) -> None:
         if self.vae.encoder is None:
@@ -114,6 +132,8 @@ def score_texts(model: TextModel, texts: Sequence[str], rows: Sequence[Generated
     """
     batch, truncated = model.batch(texts)
     mean, _ = model.vae.encode(batch)
+    # A KL without a closed form is one draw: the same for a text in any company.
+    batch = replace(batch, sample_id_B=torch.zeros_like(batch.sample_id_B))
     rng = torch.zeros(2, dtype=torch.int64, device=mean.device)
     output = model.vae(batch, rng, z=mean)
     scores = []

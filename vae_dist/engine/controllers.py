@@ -3,6 +3,7 @@ checkpoint: all else about a step follows from its number."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vae_dist.config.schema import Config
@@ -31,7 +32,8 @@ class Controllers:
 
     def is_new_best(self, elbo_per_seq: float, step: int) -> bool:
         """Take note of a validation; whether it is the best one."""
-        if self.best_elbo is not None and elbo_per_seq <= self.best_elbo:
+        # Written so that NaN is never the best.
+        if not elbo_per_seq > (-math.inf if self.best_elbo is None else self.best_elbo):
             return False
         self.best_elbo, self.best_step = elbo_per_seq, step
         return True

@@ -51,7 +51,11 @@ def _export_checkpoint(run: Path, out: Path) -> None:
 def write_run_model(
     out: Path, weights: dict[str, torch.Tensor], model: ModelConfig, dataset: Dataset, run: str, progress: Progress
 ) -> None:
-    """Write a model directory from the engine's named weights."""
+    """Write a model directory from the engine's named weights; a sampling prior not fitted yet is left out."""
+    unfitted = [name for name, weight in weights.items() if "sampling_prior." in name and weight.isnan().any()]
+    if unfitted:
+        model = model.model_copy(update={"sampling_components": 0})
+        weights = {name: weight for name, weight in weights.items() if "sampling_prior." not in name}
     write_model(
         out,
         {name.removeprefix(_OBJECTIVE_PREFIX): weight for name, weight in weights.items()},

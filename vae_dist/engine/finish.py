@@ -57,7 +57,7 @@ def finish(plan: RunPlan, trained: Trained, workers: int, device: torch.device) 
         # The other workers are done: this one may use the whole machine.
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     dataset = Dataset.open(plan.data_dir)
-    model_dir, progress = plan.run_dir / "model", Progress(trained.steps, trained.tokens_seen, {})
+    model_dir, progress = plan.run_dir / "model", Progress(trained.exported_step, trained.tokens_seen, {})
     write_run_model(model_dir, trained.weights, plan.config.model, dataset, plan.run_dir.name, progress)
     loaded = load_model(model_dir, device)
     model = TextModel(loaded.vae, loaded.tokenizer, loaded.max_tokens)

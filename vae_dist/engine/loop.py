@@ -20,11 +20,13 @@ class Trained:
 
     Attributes:
         weights: whole float32 weights and buffers by the engine's names, those that are exported.
+        exported_step: the step that the weights are of.
         valid: scores of the whole validation split, on rank 0 of a finished run that has one.
     """
 
     weights: dict[str, torch.Tensor]
     steps: int
+    exported_step: int
     tokens_seen: int
     finished: bool
     valid: Scores | None
@@ -69,10 +71,11 @@ def _is_over(run: TrainingRun) -> bool:
 
 def _finish(run: TrainingRun, finished: bool) -> Trained:
     """Choose the weights to export, and with all ranks still there fit the sampling prior and score validation."""
-    config, valid = run.config, None
+    config, valid, exported_step = run.config, None, run.step
     if finished:
         if config.evaluate.select == "best" and "valid" in run.dataset.splits:
             run.load_best()
+            exported_step = run.controllers.best_step
         if config.model.sampling_components:
             run.fit_sampling_prior()
         if "valid" in run.dataset.splits:
@@ -80,4 +83,4 @@ def _finish(run: TrainingRun, finished: bool) -> Trained:
     weights = full_weights(run.engine)
     if run.average:
         weights |= {name: value.float().cpu() for name, value in run.average.values.items()}
-    return Trained(weights, run.step, run.window.tokens_seen, finished, valid)
+    return Trained(weights, run.step, exported_step, run.window.tokens_seen, finished, valid)

@@ -16,6 +16,7 @@ from vae_dist.config.schema import RESULT_SECTIONS, Config
 from vae_dist.config.science_checks import cycle_problem
 from vae_dist.data.stream.training_data import TrainingData
 from vae_dist.errors import CheckpointError, ConfigError, DataError
+from vae_dist.objective.schedule import phases
 
 _REPORTS_PER_RUN = 10
 
@@ -62,9 +63,11 @@ def plan_run(config: Config, data: TrainingData, data_dirs: Sequence[str], start
             f"{', '.join(data_dirs)}, {data.max_tokens} tokens. Raise it to at least that."
         )
     _require_validation(config, data)
+    _require_latents(config, data)
     steps_per_epoch = data.windows.steps_per_epoch
     total = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
-    problem = cycle_problem(config, total)
+    evaluate_every = config.evaluate.every_steps or max(1, -(-total // _REPORTS_PER_RUN))
+    problem = cycle_problem(config, total) or _plateau_problem(config, total, evaluate_every)
     if problem:
         raise ConfigError(problem)
     result_hash = _result_hash(config, data.manifest_hash)
@@ -77,7 +80,7 @@ def plan_run(config: Config, data: TrainingData, data_dirs: Sequence[str], start
         splits=tuple(data.datasets[0].splits),
         total_steps=total,
         steps_per_epoch=steps_per_epoch,
-        evaluate_every=config.evaluate.every_steps or max(1, -(-total // _REPORTS_PER_RUN)),
+        evaluate_every=evaluate_every,
         checkpoint_every=config.run.checkpoint_every_steps or max(1, -(-total // _REPORTS_PER_RUN)),
         started_at=started_at,
     )
@@ -96,6 +99,29 @@ def _require_validation(config: Config, data: TrainingData) -> None:
         raise DataError(
             f"{' and '.join(wanted)} {'follow' if len(wanted) > 1 else 'follows'} the validation, and the data set has "
             "no validation split. Prepare it with valid_fraction above 0, or cut one with `vae-dist data split`."
+        )
+
+
+def _plateau_problem(config: Config, total_steps: int, evaluate_every: int) -> str | None:
+    """Why a plateau can never be found, or None."""
+    plateau, last = config.optimizer.plateau, phases(total_steps, config.objective)[-1]
+    validations = -(-total_steps // evaluate_every) - last.first_step // evaluate_every
+    if config.optimizer.schedule != "plateau" or validations > plateau.first_validation + plateau.patience:
+        return None
+    return (
+        f"optimizer.schedule = plateau waits for validation {plateau.first_validation} and then for {plateau.patience} "
+        f"without improvement, and the run has {validations}: the learning rate would stay as it is. Validate more "
+        "often (evaluate.every_steps), or lower optimizer.plateau.first_validation."
+    )
+
+
+def _require_latents(config: Config, data: TrainingData) -> None:
+    wanted, sequences = config.model.sampling_components, data.datasets[0].split("train").sequences
+    # A tenth is held out of the fit.
+    if wanted > 0.9 * sequences:
+        raise DataError(
+            f"model.sampling_components = {wanted} Gaussians cannot be fitted to the latents of {sequences} training "
+            f"sequences, of which a tenth is held out. Use at most {int(0.9 * sequences)}."
         )
 
 
@@ -138,10 +164,11 @@ def next_commands(plan: RunPlan) -> list[str]:
     """What a person would do now; absolute paths, fit for a shell."""
     model, data = shlex.quote(str(plan.run_dir / "model")), shlex.quote(plan.data_dir)
     split = next(name for name in ("test", "valid", "train") if name in plan.splits)
+    interpolate = f"vae-dist interpolate {model} 'Return the number of rows.' 'Raise an error if the file is missing.'"
     return [
         f"vae-dist eval {model} {data} --split {split} --importance-samples 100",
         f"vae-dist sample {model} --num 10",
-        f"vae-dist interpolate {model} 'Return the number of rows.' 'Raise an error if the file is missing.'",
+        *([interpolate] if plan.config.model.latent != "none" else []),
         f"vae-dist serve {model}",
     ]
 

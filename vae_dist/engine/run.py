@@ -27,7 +27,7 @@ from vae_dist.engine.precision import autocast_dtype
 from vae_dist.engine.step import TrainStep
 from vae_dist.engine.window import MetricsWindow
 from vae_dist.engine.zero import build_engine, optimizer_state_elements, require_compiler, restart
-from vae_dist.errors import MachineError, RunError
+from vae_dist.errors import CheckpointError, MachineError, RunError
 from vae_dist.evaluate.aggregate import fit_sampling_prior
 from vae_dist.evaluate.likelihood import Scores, score_split, summarise
 from vae_dist.model.embedding_vectors import initialise
@@ -151,6 +151,8 @@ class TrainingRun:
             )
         if self.metrics:
             self.metrics.write("fit", self.step, fit)
+            if len(self.data.datasets) > 1:
+                self._note("the sampling prior was fitted to the first data set of the mixture alone")
 
     def exported_weights(self) -> AbstractContextManager[None]:
         """The model computes with the averaged weights, where there are some."""
@@ -178,8 +180,18 @@ class TrainingRun:
         self.window.skip_time()
 
     def load_best(self) -> None:
-        """Go back to the weights of the best validation. Collective."""
-        load_newest(self.engine, self.plan.run_dir / "best", self.average)
+        """Go back to the weights of the best validation. Collective.
+
+        Raises:
+            CheckpointError: they are not there any more, or damaged.
+        """
+        loaded = load_newest(self.engine, self.plan.run_dir / "best", self.average)
+        if loaded.progress.step != self.controllers.best_step:
+            raise CheckpointError(
+                f"{self.plan.run_dir / 'best'} does not hold the weights of the best validation, at step "
+                f"{self.controllers.best_step}. {' '.join(loaded.passed_over)} Restore it, or train under another "
+                "run.name."
+            )
 
     def _steer(self, elbo_per_seq: float, mutual_information: float) -> bool:
         plateau, aggressive = self.controllers.plateau, self.controllers.aggressive
@@ -202,7 +214,7 @@ class TrainingRun:
         self.metrics.write("valid", self.step, summary)
         warning = None
         if self.engine.module.vae.latent_dim:
-            warning = collapse_warning(summary, self.train_step.kl_weight(self.step - 1), self.config.objective)
+            warning = collapse_warning(summary, self.train_step.kl_weight(self.step - 1), self.config)
         if warning and not self.has_warned:
             self._note(warning)
         self.has_warned = warning is not None

@@ -194,7 +194,8 @@ def _score_batch(
     vae: TextVAE, numbers: np.ndarray, batch: Batch, seed: int, importance_samples: int, fitted_prior: bool
 ) -> Scores:
     """Scores of a batch's real sequences; importance samples are drawn a few at a time."""
-    device, wanted = batch.tokens_BT.device, max(1, importance_samples)
+    # Without a latent all samples are the same.
+    device, wanted = batch.tokens_BT.device, max(1, importance_samples) if vae.latent_dim else 1
     outputs: list[VaeOutput] = []
     for chunk, first in enumerate(range(0, wanted, _SAMPLES_AT_ONCE)):
         # Chunks are of one size and named by the key's second number, so no sample depends on the batch.
@@ -207,7 +208,7 @@ def _score_batch(
     iw_B = torch.full_like(rec_KB[0], math.nan)
     if importance_samples:
         log_ratio_KB = torch.cat([o.latent.log_p - o.latent.log_q for o in outputs]).double()
-        iw_B = torch.logsumexp(log_ratio_KB - rec_KB, dim=0) - math.log(importance_samples)
+        iw_B = torch.logsumexp(log_ratio_KB - rec_KB, dim=0) - math.log(wanted)
     return _scores(vae, numbers, batch, outputs[0], rec_KB.mean(0), iw_B)
 
 

@@ -79,7 +79,7 @@ def evaluate_model(loaded: LoadedModel, dataset: Dataset, wanted: Evaluation) ->
         "seed": wanted.seed,
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "scores": {
-            "prior": loaded.vae.prior_name if wanted.fitted_prior else loaded.vae.config.prior.kind,
+            "prior": "fitted mixture" if wanted.fitted_prior else loaded.vae.trained_prior_name,
             "precision": "bf16" if wanted.autocast else "fp32",
             "importance_samples": wanted.importance_samples,
             **summarise(scores),

@@ -149,12 +149,17 @@ def _sha256(path: Path) -> str:
 
 def _card(info: dict[str, Any]) -> str:
     facts = "\n".join(f"- {key}: {value}" for key, value in info["provenance"].items())
+    model = info["model"]
+    latent = {"none": "", "token": " for each token"}.get(model["latent"], " for each sequence")
+    kind, uses = "A language model", "`vae-dist sample DIR`"
+    if latent:
+        kind = f"A variational autoencoder over text with {model['latent_dim']} latent dimensions{latent}"
+        uses += ", `vae-dist reconstruct DIR`, `vae-dist interpolate DIR`"
     return (
-        "# Text VAE\n\n"
-        f"A variational autoencoder over text with {info['model']['latent_dim']} latent dimensions and a vocabulary "
-        f"of {info['vocab_size']} tokens, for sequences of at most {info['max_tokens']} tokens. "
-        "Trained with vae_dist.\n\n"
+        f"# {'Text VAE' if latent else 'Language model'}\n\n"
+        f"{kind}, with a vocabulary of {info['vocab_size']} tokens, for sequences of at most {info['max_tokens']} "
+        "tokens. Trained with vae_dist.\n\n"
         f"{facts}\n\n"
-        "Use: `vae-dist sample DIR`, `vae-dist reconstruct DIR`, `vae-dist serve DIR`.\n"
+        f"Use: {uses}, `vae-dist serve DIR`.\n"
         "The text it writes resembles its training data and makes no claim to be true.\n"
     )

@@ -42,10 +42,13 @@ class GaussianPosterior(nn.Linear):
         self, h_RH: torch.Tensor, weight_R: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean, logvar), [R, D] each; `weight_R` is 0 for padding. Collective if normalised, while training."""
-        mean_RD, logvar_RD = _linear(self, h_RH).chunk(2, dim=-1)
-        if self.batch_norm is not None:
-            mean_RD = self.batch_norm(mean_RD, weight_R)
-        return mean_RD, logvar_RD
+        if self.batch_norm is None:
+            mean_RD, logvar_RD = _linear(self, h_RH).chunk(2, dim=-1)
+            return mean_RD, logvar_RD
+        # A bias of the means would be normalised away, and its gradient be rounding for Adam to follow.
+        raw_RD = F.linear(h_RH, self.weight)
+        mean_RD, logvar_RD = raw_RD.to(_wide(raw_RD)).chunk(2, dim=-1)
+        return self.batch_norm(mean_RD, weight_R), logvar_RD + self.bias[mean_RD.shape[1] :]
 
     def draw(
         self,

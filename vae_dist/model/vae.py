@@ -32,7 +32,7 @@ from vae_kernels import embedding_word_dropout, linear_cross_entropy, segment_su
 LATENT_STREAM = 0
 WORD_DROPOUT_STREAM = 1
 # A token's noise is named by its sequence's id times this, plus its position.
-POSITIONS = 2**20
+_POSITIONS = 2**20
 
 
 class VaeOutput(NamedTuple):
@@ -88,11 +88,14 @@ class TextVAE(nn.Module):
         return 0 if self.encoder is None else self.config.latent_dim
 
     @property
+    def trained_prior_name(self) -> str:
+        """The prior that the objective knows."""
+        return "none" if self.prior is None else self.config.prior.kind
+
+    @property
     def prior_name(self) -> str:
         """What samples are drawn from."""
-        if self.prior is None:
-            return "none"
-        return "fitted mixture" if self.sampling_prior is not None else self.config.prior.kind
+        return self.trained_prior_name if self.sampling_prior is None else "fitted mixture"
 
     def forward(
         self,
@@ -175,7 +178,7 @@ class TextVAE(nn.Module):
         if self.per_token:
             id_B = batch.sample_id_B[batch.sequence_N]
             position_N = batch.valid_N % batch.tokens_BT.shape[1]
-            id_R = torch.where(id_B < 0, -1, id_B * POSITIONS + position_N)
+            id_R = torch.where(id_B < 0, -1, id_B * _POSITIONS + position_N)
         sample: LatentSample = self.posterior.draw(
             mean_RD,
             logvar_RD,

@@ -116,6 +116,12 @@ class _AngleLaw(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _angle_law(dim: int, kappa: float) -> _AngleLaw:
+    # Numbers, even where a model is made on the meta device to be counted.
+    with torch.device("cpu"):
+        return _integrated_angle_law(dim, kappa)
+
+
+def _integrated_angle_law(dim: int, kappa: float) -> _AngleLaw:
     power, ratio = dim - 2, (dim - 2) / kappa
     mode = math.acos(2.0 / (ratio + math.hypot(ratio, 2.0)))
     width = (kappa * math.cos(mode) + (power / math.sin(mode) ** 2 if power else 0.0)) ** -0.5

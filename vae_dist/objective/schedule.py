@@ -1,8 +1,8 @@
 """Schedules: pure functions of the step, so that a resumed run needs no state to follow them.
 
 Steps count from 0. A run has one phase or, with `autoencoder_fraction`, two; annealing, capacity and learning rate
-begin anew with each phase, and their fractions are of its steps. Every ramp has arrived at the last step of its phase
-(of its cycle), whatever its fraction rounds to: no schedule stops short of its peak.
+begin anew with each phase, and their fractions are of its steps. Every ramp of beta and capacity has arrived at the
+last step of its phase (of its cycle), whatever its fraction rounds to. A warm-up longer than its phase ends with it.
 """
 
 from __future__ import annotations

@@ -4,32 +4,58 @@ from __future__ import annotations
 
 from typing import Any
 
-from vae_dist.config.objective_schema import ObjectiveConfig
+from vae_dist.config.schema import Config
+from vae_dist.config.science_checks import science_problems
 
 # Below this the latent tells less than a coin toss about a sequence.
 _COLLAPSED_NATS = 0.5
-# While the KL is weighted less than this its rate is bought cheaply and says little.
-_MEANINGFUL_WEIGHT = 0.5
+# While the KL has less than this share of its weight its rate is bought cheaply and says little.
+_MEANINGFUL_SHARE = 0.5
+# In the order in which they are worth trying, with the values to set.
+_REMEDIES: tuple[dict[str, Any], ...] = (
+    {"objective.free_bits": "dimension", "objective.free_bits_nats": 0.25},
+    {"objective.free_bits": "sequence", "objective.free_bits_nats": 6.0},
+    {"objective.autoencoder_fraction": 0.2, "objective.reset_decoder": True},
+    {"model.word_dropout": 0.2},
+)
 
 
-def collapse_warning(validation: dict[str, Any], kl_weight: float, objective: ObjectiveConfig) -> str | None:
+def collapse_warning(validation: dict[str, Any], kl_weight: float, config: Config) -> str | None:
     """A warning with its remedy where validation shows a latent that is not used, or None.
 
     Args:
         validation: of `evaluate.likelihood.summarise`.
         kl_weight: what the KL is multiplied with now.
-        objective: what is done against collapse already.
+        config: what is done against collapse already; the remedy goes with it.
     """
     kl, information = validation["kl_per_seq"], validation["mutual_information_nats"]
-    if kl_weight < _MEANINGFUL_WEIGHT or (kl >= _COLLAPSED_NATS and information >= _COLLAPSED_NATS):
+    if min(kl, information) >= _COLLAPSED_NATS or kl_weight < _MEANINGFUL_SHARE * config.objective.beta:
         return None
-    if objective.free_bits == "none" or objective.free_bits_nats == 0.0:
-        remedy = "set objective.free_bits=dimension objective.free_bits_nats=0.25"
-    elif objective.autoencoder_fraction == 0.0:
-        remedy = "set objective.autoencoder_fraction=0.2 objective.reset_decoder=true"
-    else:
-        remedy = "raise objective.free_bits_nats, or weaken the decoder with model.word_dropout=0.2"
     return (
         f"warning: the posterior has collapsed: KL {kl:.2f} nats per sequence, mutual information {information:.2f}, "
-        f"{validation['active_units']} active units. The decoder ignores z; {remedy}, under another run.name."
+        f"{validation['active_units']} active units. The decoder ignores z; {_remedy(config)}, under another run.name."
     )
+
+
+def _remedy(config: Config) -> str:
+    has_floor = config.objective.free_bits != "none" and config.objective.free_bits_nats > 0.0
+    for remedy in _REMEDIES:
+        is_there = has_floor if "objective.free_bits" in remedy else all(_get(config, key) for key in remedy)
+        if not is_there and not science_problems(_with(config, remedy)):
+            return "set " + " ".join(f"{key}={str(value).lower()}" for key, value in remedy.items())
+    if has_floor:
+        return f"raise objective.free_bits_nats above {config.objective.free_bits_nats:g}"
+    return f"lower objective.beta below {config.objective.beta:g}"
+
+
+def _get(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _with(config: Config, changes: dict[str, Any]) -> Config:
+    for key, value in changes.items():
+        section, name = key.split(".")
+        changed = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: changed})
+    return config

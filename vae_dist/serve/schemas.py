@@ -51,7 +51,7 @@ class SampleRequest(DecodingOptions):
 
     n: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 1
     prior_scale: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
-    """Standard deviation of z."""
+    """Multiplies the noise that z is made of: with a standard prior the standard deviation of z."""
     return_latent: bool = False
 
 
@@ -79,7 +79,8 @@ class Choice(BaseModel):
     text: str
     finish_reason: Literal["stop", "length"]
     log_prob: float
-    latent: list[float] | None = None
+    latent: list[float] | list[list[float]] | None = None
+    """z; a list for each token where every token has a latent."""
 
 
 class SampleResponse(BaseModel):
