@@ -97,3 +97,12 @@ def test_a_steered_run_resumes_bit_for_bit(dataset_dir: Path, tmp_path: Path) ->
         assert whole.keys() == resumed.keys()
         for key, value in whole.items():
             assert torch.equal(value, resumed[key]), f"{name}: {key}"
+
+
+@pytest.mark.long
+def test_a_run_whose_best_weights_are_gone_fails_and_says_so(dataset_dir: Path, tmp_path: Path) -> None:
+    cases = {"best": [*COMMON, "evaluate.select=best", "train.steps=20", "evaluate.every_steps=5"]}
+    train_in_one_process(dataset_dir, tmp_path, cases)
+    shutil.rmtree(tmp_path / "best" / "best")
+    with pytest.raises(AssertionError, match="does not hold the weights of the best validation"):
+        train_in_one_process(dataset_dir, tmp_path, cases)

@@ -13,7 +13,6 @@ import torch
 from support import Finished, run_command, shared_corpus
 
 from vae_dist.data.store.dataset import Dataset
-from vae_dist.evaluate.mixture_em import mean_log_density
 from vae_dist.export.model_dir import load_model
 from vae_dist.observe.metrics import read_metrics
 
@@ -53,23 +52,6 @@ def test_the_linear_vae_on_wikitext_beats_word_frequencies_and_its_latents_get_a
         hidden[:2, 0].sum(0), loaded.vae.decoder(torch.zeros(1, 1, 128), z[:2].sum(0)[None], None)[0, 0], atol=1e-5
     )
     assert dataset.tokenizer.vocab_size == loaded.vae.vocab_size
-
-
-@pytest.mark.long
-def test_a_learned_mixture_prior_on_wikitext_fits_better_than_the_standard_one(
-    train: Callable[..., Finished], tmp_path: Path
-) -> None:
-    source = shared_corpus("wikitext-2") / "test.txt"
-    config = ("configs/linear_wikitext.yaml", f"data.source={source}", f"run.storage={tmp_path}", *SETTINGS)
-    changes = ("model.prior={kind: mixture, components: 10}", "model.sampling_components=0", "run.name=mixture")
-    done = train(*config, *changes, "train.epochs=4", "data.prepare.vocab_size=3000", timeout=600)
-    assert done.status == 0, done.err
-    vae = load_model(tmp_path / "mixture").vae
-    with torch.no_grad():
-        z = vae.prior.from_noise(torch.randn(2000, 32), torch.rand(2000))
-        standard = torch.distributions.Normal(0.0, 1.0)
-        assert mean_log_density(vae.prior, z) > mean_log_density(lambda x: standard.log_prob(x).sum(-1), z) + 0.5
-    assert validations(tmp_path / "mixture")[-1]["mutual_information_nats"] > 0.7
 
 
 @pytest.mark.long

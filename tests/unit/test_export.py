@@ -83,6 +83,19 @@ def test_every_file_is_there_and_none_is_a_pickle(model_dir: Path) -> None:
     json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize(
+    ("latent", "there", "absent"),
+    [
+        ("none", "# Language model", "reconstruct"),
+        ("token", "3 latent dimensions for each token", "each sequence"),
+    ],
+)
+def test_the_card_says_what_the_model_is(tmp_path: Path, latent: str, there: str, absent: str) -> None:
+    write(tmp_path / "model", make_vae(latent=latent, injection="embedding"))
+    card = (tmp_path / "model" / "card.md").read_text(encoding="utf-8")
+    assert there in card and absent not in card
+
+
 def test_equal_weights_have_equal_names_and_others_do_not(tmp_path: Path) -> None:
     vae = make_vae()
     first, again = (load_model(write(tmp_path / name, vae)).weights_sha256 for name in "ab")

@@ -169,7 +169,9 @@ def in_one_process(problem: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The four real rows in fp64, the loss written out: mean over rows, free bits over their mean KL, squared."""
     weight, bias, shift = (problem[x].clone().requires_grad_() for x in ("weight", "bias", "batch_norm.shift"))
     ids = problem["sample_id_R"][:4]
-    raw_RD, logvar_RD = (problem["h_RH"][:4] @ weight.T + bias).chunk(2, dim=-1)
+    # Means are normalised, so a bias of theirs would be lost: there is none.
+    is_logvar = torch.arange(len(bias)) >= len(bias) // 2
+    raw_RD, logvar_RD = (problem["h_RH"][:4] @ weight.T + bias * is_logvar).chunk(2, dim=-1)
     std_D = (raw_RD - raw_RD.mean(0)).square().mean(0).sqrt()
     mean_RD = GAMMA * (raw_RD - raw_RD.mean(0)) / std_D + shift
     z_RD = mean_RD + (0.5 * logvar_RD).exp() * philox_normal(torch.tensor(SEED), ids, D, num_samples=1, stream=0)[0]
