@@ -101,21 +101,25 @@ def start_command(arguments: list[str], environment: dict[str, str] | None = Non
     )
 
 
-def train_in_one_process(data: Path, storage: Path, cases: dict[str, list[str]], timeout: float = 900) -> None:
-    """Train cases (name -> arguments of `vae_dist.train`) one after the other, under DeepSpeed and without Ray."""
-    environment = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What a process of a DeepSpeed group on this machine's CPUs is told by its launcher."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
     }
+
+
+def train_in_one_process(data: Path, storage: Path, cases: dict[str, list[str]], timeout: float = 900) -> None:
+    """Train cases (name -> arguments of `vae_dist.train`) one after the other, under DeepSpeed and without Ray."""
     worker = str(ROOT / "tests/distributed/options_worker.py")
     command = [sys.executable, worker, str(data), str(storage), json.dumps(cases)]
-    done = run_command(command, environment, timeout)
+    done = run_command(command, rank_environment(0, 1, free_port()), timeout)
     assert done.status == 0, f"{done.out}\n{done.err}"
 
 

@@ -6,14 +6,13 @@ Gradients, not losses: Adam hides a constant factor.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import ROOT, TINY, free_port, start_command
+from support import ROOT, TINY, free_port, rank_environment, start_command
 
 from vae_dist.config.load import load_config
 from vae_dist.data.store.dataset import Dataset
@@ -55,18 +54,10 @@ def gradients(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def _start(dataset_dir: Path, out: Path, rank: int, world: int, port: int):
-    environment = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-    }
     script = str(ROOT / "tests/distributed/gradient_worker.py")
-    return start_command([sys.executable, script, str(dataset_dir), str(out), json.dumps(CASES)], environment)
+    return start_command(
+        [sys.executable, script, str(dataset_dir), str(out), json.dumps(CASES)], rank_environment(rank, world, port)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import ROOT, free_port, start_command
+from support import ROOT, free_port, rank_environment, start_command
 
 from vae_kernels import reference
 
@@ -62,19 +61,9 @@ def results(inputs: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFa
 
 
 def _start(out: Path, rank: int, port: int):
-    environment = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-    }
     script = str(ROOT / "tests/distributed/row_loss_worker.py")
     arguments = [str(out / "inputs.safetensors"), str(out), json.dumps(CASES)]
-    return start_command([sys.executable, script, *arguments], environment)
+    return start_command([sys.executable, script, *arguments], rank_environment(rank, WORLD, port))
 
 
 @pytest.fixture(scope="module")

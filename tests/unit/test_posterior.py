@@ -79,12 +79,12 @@ def test_gaussian_is_the_linear_layer_and_the_fused_kernel_bit_for_bit() -> None
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_whether_the_kl_has_dimensions_is_said_and_true() -> None:
+def test_the_kl_of_gaussians_is_a_sum_over_dimensions_and_that_on_the_sphere_has_none() -> None:
     for kind in KINDS:
         module = posterior(kind)
         sample = module.draw(*module(encoded(), weights()), RNG, IDS)
-        assert module.kl_has_dimensions == (sample.kl_per_dim.numel() == D), kind
-        if module.kl_has_dimensions:
+        assert sample.kl_per_dim.numel() == (0 if kind == "vmf" else D), kind
+        if kind != "vmf":
             assert sample.kl_per_dim.sum().item() == pytest.approx(sample.kl.sum().item(), rel=1e-12)
 
 
@@ -198,31 +198,17 @@ def test_noise_depends_on_key_row_sample_and_stream(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pairwise_density_is_the_density_of_each_pair(kind: str) -> None:
+def test_the_density_of_a_draw_is_that_of_its_law(kind: str) -> None:
     module = posterior(kind)
     mean_RD, logvar_RD = module(encoded(), torch.ones(R))
     ids = torch.arange(R)
     sample = module.draw(mean_RD, logvar_RD, RNG, ids, num_samples=4)
-    found_NR = module.log_density(sample.z.flatten(0, 1), mean_RD, logvar_RD)
-    own_KR = found_NR.view(4, R, R).diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(own_KR, sample.log_q, rtol=1e-10, atol=1e-10)
-    if kind != "vmf":
-        pair_NRD = distributions.Normal(mean_RD, (0.5 * logvar_RD).exp()).log_prob(sample.z.flatten(0, 1)[:, None])
-        torch.testing.assert_close(found_NR, pair_NRD.sum(-1), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "vmf"])
-def test_pairwise_density_keeps_its_digits_in_float32_and_under_autocast(kind: str) -> None:
-    module = posterior(kind, torch.float32)
-    mean_RD, logvar_RD = (x.detach() for x in module(encoded(torch.float32, scale=20.0), weights()))
-    # Narrow posteriors far from the origin: the terms of the expanded square are ten thousand times their sum.
-    logvar_RD = logvar_RD.clamp(-9.0, -7.0)
-    z_ND = module.draw(mean_RD, logvar_RD, RNG, torch.arange(R)).z[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        found_NR = module.log_density(z_ND, mean_RD, logvar_RD)
-    expected_NR = module.double().log_density(z_ND.double(), mean_RD.double(), logvar_RD.double())
-    assert found_NR.dtype == torch.float32 and expected_NR.dtype == torch.float64
-    torch.testing.assert_close(found_NR.double(), expected_NR, rtol=1e-7, atol=1e-5)
+    if kind == "vmf":
+        pairs_KRR = module.law.log_density(sample.z.flatten(0, 1), mean_RD).view(4, R, R)
+        expected_KR = pairs_KRR.diagonal(dim1=1, dim2=2)
+    else:
+        expected_KR = distributions.Normal(mean_RD, (0.5 * logvar_RD).exp()).log_prob(sample.z).sum(-1)
+    torch.testing.assert_close(sample.log_q, expected_KR, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)

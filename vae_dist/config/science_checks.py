@@ -226,13 +226,13 @@ CLASHES: tuple[Clash, ...] = (
 
 
 def _clash_message(config: Config, clash: Clash) -> str | None:
-    first, second = _value(config, clash.first), _value(config, clash.second)
+    first, second = value_at(config, clash.first), value_at(config, clash.second)
     if not (clash.first_test(first) and clash.second_test(second)):
         return None
     return f"{clash.first} = {_show(first)} does not go with {clash.second} = {_show(second)}: {clash.remedy}"
 
 
-def _value(config: Config, key: str) -> Any:
+def value_at(config: Config, key: str) -> Any:
     """The value of a key; None where the part it belongs to is absent or of another kind."""
     value: Any = config
     for name in key.split("."):

@@ -36,16 +36,13 @@ class TextModel:
 
     def encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
         """Posterior mean and log-variance [n, D] (or [n, T, D]), and which texts were truncated to `max_tokens`."""
-        self._require_latent()
-        batch, truncated = self.batch(texts)
-        with torch.inference_mode():
-            mean, logvar = self.vae.encode(batch)
+        _, truncated, mean, logvar = self._encoded(texts)
         return mean, logvar, truncated
 
     def reconstruct(self, texts: Sequence[str], seed: int, decoding: Decoding) -> tuple[list[str], list[Generated]]:
         """Each text decoded from its posterior mean."""
-        mean, _, _ = self.encode(texts)
-        rows = generate(self.vae, mean, range(seed, seed + len(texts)), decoding, self._lengths(texts))
+        batch, _, mean, _ = self._encoded(texts)
+        rows = generate(self.vae, mean, range(seed, seed + len(texts)), decoding, self._lengths(batch))
         return self.texts(rows), rows
 
     def interpolate(
@@ -56,8 +53,8 @@ class TextModel:
         Where every token has a latent each position goes its own way, and one that a text lacks has the other's
         latent. On the sphere a line is projected onto it.
         """
-        mean, _, _ = self.encode([a, b])
-        lengths = self._lengths([a, b])
+        batch, _, mean, _ = self._encoded([a, b])
+        lengths = self._lengths(batch)
         starts, ends = (part if self.vae.per_token else part[None] for part in mean)
         if lengths:
             position = torch.arange(len(starts), device=mean.device)[:, None]
@@ -92,16 +89,20 @@ class TextModel:
         """Decoded rows as text."""
         return [self.tokenizer.decode(row.tokens) for row in rows]
 
-    def _lengths(self, texts: Sequence[str]) -> list[int] | None:
-        """Tokens of each text, which bound what is written where every token has a latent; None elsewhere."""
-        return self.batch(texts)[0].lengths_B.tolist() if self.vae.per_token else None
-
-    def _require_latent(self) -> None:
+    def _encoded(self, texts: Sequence[str]) -> tuple[Batch, list[bool], torch.Tensor, torch.Tensor]:
+        """The texts as a batch, which were truncated, and their posterior."""
         if self.vae.encoder is None:
             raise DataError(
                 "This model is a plain language model (model.latent = none): it samples, but has no latent to encode "
                 "texts into. Train with model.latent=sequence."
             )
+        batch, truncated = self.batch(texts)
+        with torch.inference_mode():
+            return batch, truncated, *self.vae.encode(batch)
+
+    def _lengths(self, batch: Batch) -> list[int] | None:
+        """Tokens of each text, which bound what is written where every token has a latent; None elsewhere."""
+        return batch.lengths_B.tolist() if self.vae.per_token else None
 
     @property
     def _device(self) -> torch.device:

@@ -128,7 +128,8 @@ def _evaluate(
         return valid
     report["active_unit_threshold"] = ACTIVE_UNIT_THRESHOLD
     report["variance_of_posterior_mean_per_dim"] = variance_of_mean(scores.mean).tolist()
-    report |= {key: valid[key] for key in ("kl_per_dim",) if key in valid}
+    if "kl_per_dim" in valid:
+        report["kl_per_dim"] = valid["kl_per_dim"]
     if not model.vae.per_token:
         report["latent_use"] = _latent_use(plan, model, split, scores, valid)
     shown = min(split.sequences, _SHOWN_RECONSTRUCTIONS)
@@ -146,7 +147,11 @@ def _evaluate(
 def _latent_use(plan: RunPlan, model: TextModel, split: Split, scores: Scores, valid: dict[str, Any]) -> dict[str, Any]:
     """What decoding with a stranger's z costs."""
     seed = plan.config.train.seed
-    swapped = swapped_rec_per_seq(model.vae, split, scores, seed=seed, batch_sequences=_BATCH_SEQUENCES)
+    # In the precision that the own z were scored in: the cost is a difference.
+    autocast = autocast_dtype(plan.config.train.precision, model.vae.output_bias.device)
+    swapped = swapped_rec_per_seq(
+        model.vae, split, scores, seed=seed, batch_sequences=_BATCH_SEQUENCES, autocast=autocast
+    )
     return {
         "nll_own_z_per_seq": valid["rec_per_seq"],
         "nll_swapped_z_per_seq": swapped,

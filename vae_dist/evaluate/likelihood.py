@@ -140,7 +140,15 @@ def summarise(scores: Scores) -> dict[str, Any]:
     return summary
 
 
-def swapped_rec_per_seq(vae: TextVAE, split: Split, scores: Scores, *, seed: int, batch_sequences: int) -> float:
+def swapped_rec_per_seq(
+    vae: TextVAE,
+    split: Split,
+    scores: Scores,
+    *,
+    seed: int,
+    batch_sequences: int,
+    autocast: torch.dtype | None = None,
+) -> float:
     """Mean rec (nats per sequence) when each sequence is decoded with another one's z; single process, a z a sequence.
 
     The other sequence is the next one in a random cyclic order, so no sequence keeps its own z.
@@ -158,7 +166,8 @@ def swapped_rec_per_seq(vae: TextVAE, split: Split, scores: Scores, *, seed: int
             for numbers, batch in _cut(split, scores.number[start : start + _WINDOW_SEQUENCES], batch_sequences, 0, 1):
                 rows = np.searchsorted(scores.number, numbers)
                 z_BD = torch.from_numpy(scores.z[other[rows]]).to(device)
-                total += float(vae(batch.to(device), rng, z=z_BD).rec_KB[0].double().sum())
+                with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                    total += float(vae(batch.to(device), rng, z=z_BD).rec_KB[0].double().sum())
     vae.train(was_training)
     return total / count
 

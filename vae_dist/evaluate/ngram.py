@@ -18,7 +18,6 @@ number, is its key; a level of the model is the sorted keys with two numbers eac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 
@@ -231,8 +230,3 @@ def _discounts(count_C: np.ndarray, modified: bool) -> np.ndarray:
     three = [1 - 2 * one * n2 / n1, 2 - 3 * one * n3 / n2, 3 - 4 * one * n4 / n3] if n1 and n2 and n3 else [0.0]
     chosen = three if modified and min(three) > 0 else [one] * 3
     return np.array([0.0, *chosen])[np.minimum(count_C, 3)]
-
-
-# The two baselines of the report.
-KneserNeyBigram = partial(KneserNey, order=2, modified=False)
-Unigram = partial(KneserNey, order=1, modified=False, bos_id=1)

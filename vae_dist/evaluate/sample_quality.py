@@ -22,11 +22,11 @@ import numpy as np
 from sacrebleu.metrics import BLEU
 
 from vae_dist.evaluate.ngram import KneserNey, Sequences
+from vae_dist.evaluate.reconstruction import Row
 from vae_dist.evaluate.text_metrics import distinct_n, perplexities, verbatim_fraction, word_count
 
 # log p of all tokens, the ends of sequence included; nats.
 Scorer = Callable[[Sequences], float]
-Row = Sequence[int] | np.ndarray
 
 SELF_BLEU_SAMPLES = 1000
 _BLEU_ORDER = 4

@@ -79,7 +79,7 @@ def initialise(embedding_VE: torch.Tensor, path: str | Path, tokenizer: Tokenize
     has_vector_V = torch.from_numpy(got_V != _NOTHING).to(embedding_VE.device)
     if not has_vector_V.any():
         raise DataError(f"{path} has no vector for any word of the vocabulary. Is it of another language, or encoding?")
-    _match_scale(embedding_VE, has_vector_V)
+    match_scale(embedding_VE, has_vector_V)
     words = sum(len(rows) for rows in exact.values())
     return Coverage(words, int(has_vector_V.sum()), int((got_V == _LOWER_CASE).sum()))
 
@@ -155,7 +155,8 @@ def _malformed(path: Path, line: int, what: str) -> DataError:
     )
 
 
-def _match_scale(embedding_VE: torch.Tensor, has_vector_V: torch.Tensor) -> None:
+def match_scale(embedding_VE: torch.Tensor, has_vector_V: torch.Tensor) -> None:
+    """Scale the rows without a vector, in place, to the root mean square of those with one."""
     others_VE = embedding_VE[~has_vector_V]
     rms = embedding_VE[has_vector_V].square().mean().sqrt()
     factor = rms / others_VE.square().mean().sqrt()

@@ -24,7 +24,7 @@ from vae_dist.config.model_schema import HuggingFaceConfig, ModelConfig
 from vae_dist.data.text.special_ids import BOS_ID, EOS_ID
 from vae_dist.data.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from vae_dist.errors import ConfigError, DataError
-from vae_dist.model.embedding_vectors import _match_scale
+from vae_dist.model.embedding_vectors import match_scale
 from vae_dist.model.huggingface import (
     HuggingFaceDecoder,
     HuggingFaceEncoder,
@@ -246,7 +246,7 @@ def _overwrite(weight_VE: torch.Tensor, rows: list[int], values: torch.Tensor) -
     is_known_V = torch.zeros(len(weight_VE), dtype=torch.bool)
     is_known_V[rows] = True
     weight_VE[rows] = values.to(weight_VE)
-    _match_scale(weight_VE, is_known_V.to(weight_VE.device))
+    match_scale(weight_VE, is_known_V.to(weight_VE.device))
 
 
 def _shared_rows(tokenizer: Tokenizer, path: Path, checkpoint: _Checkpoint) -> tuple[list[int], list[int]]:
@@ -255,7 +255,7 @@ def _shared_rows(tokenizer: Tokenizer, path: Path, checkpoint: _Checkpoint) -> t
         there = tokenizers.Tokenizer.from_file(str(path)).get_vocab()
     except Exception as error:  # the Rust side raises bare Exception
         raise DataError(f"{path} is not a Hugging Face tokenizer file: {error}. Save it again.") from None
-    pairs = {row: there[token] for token, row in tokenizer._inner.get_vocab().items() if token in there}
+    pairs = {row: there[token] for token, row in tokenizer.vocabulary().items() if token in there}
     for row, name in ((BOS_ID, "bos_token_id"), (EOS_ID, "eos_token_id")):
         role = (checkpoint.part.architecture or {}).get(name)
         role = role[0] if isinstance(role, list) and role else role

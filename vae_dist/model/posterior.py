@@ -1,11 +1,10 @@
 """Posteriors q(z | x): what the encoder's output becomes, draws from it, and its densities.
 
-Shapes: K samples, R rows (sequences or tokens), N points, H width of the encoder's output, D latent dimensions.
+Shapes: K samples, R rows (sequences or tokens), H width of the encoder's output, D latent dimensions.
 
-Each is a linear map of the encoder's output and a law, with the same five members: `forward`, `draw`,
-`negative_entropy`, `log_density`, and `kl_has_dimensions`, whether the KL to the standard prior is a sum over
-dimensions. Parameters are used in `forward` only (ZeRO-3 gathers them there). Densities are float32, in a float64
-model float64, whatever autocast says.
+Each is a linear map of the encoder's output and a law, with the same three members: `forward`, `draw` and
+`negative_entropy`. Parameters are used in `forward` only (ZeRO-3 gathers them there). Densities are float32, in a
+float64 model float64, whatever autocast says.
 """
 
 from __future__ import annotations
@@ -32,8 +31,6 @@ _LOG_2PI = math.log(2.0 * math.pi)
 class GaussianPosterior(nn.Linear):
     """N(mean, diag exp(logvar)) (Kingma and Welling 2014), its means normalised over the batch if gamma is given."""
 
-    kl_has_dimensions = True
-
     def __init__(self, input_dim: int, latent_dim: int, batch_norm_gamma: float | None = None) -> None:
         super().__init__(input_dim, 2 * latent_dim)
         self.batch_norm = None if batch_norm_gamma is None else WholeBatchNorm(latent_dim, batch_norm_gamma)
@@ -46,8 +43,7 @@ class GaussianPosterior(nn.Linear):
             mean_RD, logvar_RD = _linear(self, h_RH).chunk(2, dim=-1)
             return mean_RD, logvar_RD
         # A bias of the means would be normalised away, and its gradient be rounding for Adam to follow.
-        raw_RD = F.linear(h_RH, self.weight)
-        mean_RD, logvar_RD = raw_RD.to(_wide(raw_RD)).chunk(2, dim=-1)
+        mean_RD, logvar_RD = _linear(self, h_RH, with_bias=False).chunk(2, dim=-1)
         return self.batch_norm(mean_RD, weight_R), logvar_RD + self.bias[mean_RD.shape[1] :]
 
     def draw(
@@ -95,17 +91,6 @@ class GaussianPosterior(nn.Linear):
         """E[log q(z)] of each row, nats [R]."""
         return -0.5 * (_LOG_2PI + 1.0 + logvar_RD).sum(-1)
 
-    def log_density(self, z_ND: torch.Tensor, mean_RD: torch.Tensor, logvar_RD: torch.Tensor) -> torch.Tensor:
-        """log q(z_n) under the posterior of each row, nats [N, R], from matrix products; memory grows with N R.
-
-        The expanded square cancels, so it is computed in float64, and rounded to float32 unless z is float64.
-        """
-        dtype, z_ND, mean_RD, logvar_RD = _wide(z_ND), z_ND.double(), mean_RD.double(), logvar_RD.double()
-        precision_RD = torch.exp(-logvar_RD)
-        constant_R = (mean_RD.square() * precision_RD + logvar_RD + _LOG_2PI).sum(-1)
-        square_NR = z_ND.square() @ precision_RD.T - 2.0 * z_ND @ (mean_RD * precision_RD).T
-        return (-0.5 * (square_NR + constant_R)).to(dtype)
-
 
 class DeltaPosterior(GaussianPosterior):
     """A Gaussian with a KL of at least delta nats in every dimension, under the standard prior only.
@@ -146,8 +131,6 @@ class VmfPosterior(nn.Linear):
     The mean is a unit vector and logvar is zeros, which nothing reads. Densities are over the sphere's surface, that of
     a prior too; the standard prior is the uniform distribution, and the KL to it a constant.
     """
-
-    kl_has_dimensions = False
 
     # A raw output shorter than this has no direction: it stands for e1, and gets no gradient.
     SHORTEST = 1e-6
@@ -205,10 +188,6 @@ class VmfPosterior(nn.Linear):
         """E[log q(z)] of each row, nats [R]: a constant."""
         return mean_RD.new_full(mean_RD.shape[:1], self.law.negative_entropy)
 
-    def log_density(self, z_ND: torch.Tensor, mean_RD: torch.Tensor, logvar_RD: torch.Tensor) -> torch.Tensor:
-        """As `GaussianPosterior.log_density`, of unit vectors."""
-        return self.law.log_density(z_ND, mean_RD).to(_wide(z_ND))
-
 
 Posterior = GaussianPosterior | VmfPosterior
 
@@ -236,8 +215,8 @@ def _under(
     return sample._replace(kl=kl_R, kl_free=kl_R, kl_per_dim=kl_R.new_zeros(0), log_p=log_p_KR)
 
 
-def _linear(layer: nn.Linear, h_RH: torch.Tensor) -> torch.Tensor:
-    raw = F.linear(h_RH, layer.weight, layer.bias)
+def _linear(layer: nn.Linear, h_RH: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
+    raw = F.linear(h_RH, layer.weight, layer.bias if with_bias else None)
     return raw.to(_wide(raw))
 
 

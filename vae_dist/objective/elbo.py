@@ -136,9 +136,10 @@ class NegativeElbo(nn.Module):
         latent, doubly = output.latent, self.objective.estimator == "dreg"
         log_q, log_p = latent.log_q, latent.log_p
         if doubly:
-            log_q, standard = _densities_through_z(output)
-            # A prior of its own reads z already.
-            log_p = standard if self.vae.config.prior.kind == "standard" else log_p
+            log_q = _log_posterior_through_z(output)
+            if self.vae.prior is not None and self.vae.config.prior.kind == "standard":
+                # The fused kernel's goes past z; a prior of another kind reads z already.
+                log_p = self.vae.prior(latent.z.flatten(0, 1)).view_as(log_p)
         log_weight_KB = beta * (log_p - log_q) - output.rec_KB
         if doubly and latent.z.requires_grad:
             share_KB1 = torch.softmax(log_weight_KB.detach(), dim=0)[..., None]
@@ -166,13 +167,10 @@ def _kl_per_dimension(output: VaeOutput) -> torch.Tensor:
     return 0.5 * (mean_RD.square() + logvar_RD.exp() - logvar_RD - 1.0)
 
 
-def _densities_through_z(output: VaeOutput) -> tuple[torch.Tensor, torch.Tensor]:
-    """log q(z | x) and log N(z; 0, I), [K, B], whose only way to the encoder is z."""
+def _log_posterior_through_z(output: VaeOutput) -> torch.Tensor:
+    """log q(z | x), [K, B], whose only way to the encoder is z."""
     z, mean, logvar = output.latent.z, output.mean_RD.detach(), output.logvar_RD.detach()
-    constant = math.log(2.0 * math.pi)
-    log_q = -0.5 * ((z - mean).square() * (-logvar).exp() + logvar + constant).sum(-1)
-    log_p = -0.5 * (z.square() + constant).sum(-1)
-    return log_q, log_p
+    return -0.5 * ((z - mean).square() * (-logvar).exp() + logvar + math.log(2.0 * math.pi)).sum(-1)
 
 
 @torch.no_grad()

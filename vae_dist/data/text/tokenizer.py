@@ -92,6 +92,10 @@ class Tokenizer:
         words = " ".join(self._inner.id_to_token(token) or SPECIAL_TOKENS[UNK_ID] for token in kept)
         return _LOOSE.sub("", _CONTRACTION.sub("'", words)) if self._splits_punctuation else words
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, as the file spells it, and its id."""
+        return dict(self._inner.get_vocab())
+
     def save(self, path: Path) -> None:
         """Write tokenizer.json, atomically."""
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
