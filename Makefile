@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VAE_DIST_DATA ?= ../shared/data
 export VAE_DIST_DATA
 
-.PHONY: install train test test-all lint format lock golden bench-data bench-peers bench-kernels clean
+.PHONY: install train test test-all lint format lock golden faults soak bench bench-check bench-serve bench-data bench-peers bench-kernels clean
 
 install: $(VENV)/.installed
 
@@ -30,7 +30,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m 'not long' $(ARGS)
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --durations=40 $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -44,6 +44,28 @@ format: $(VENV)/.installed-test
 # Rewrite the golden losses after a deliberate change; the commit says why.
 golden: $(VENV)/.installed-test
 	PYTHONPATH=.:kernels:tests $(BIN)/python tests/golden/test_golden.py $$(mktemp -d)
+
+# Every fault that a test does to a real run, with the times of recovery.
+faults: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/faults $(ARGS)
+
+# Random faults for an hour (SOAK_SECONDS=3600); prints the goodput.
+SOAK_SECONDS ?= 3600
+soak: $(VENV)/.installed-test
+	VAE_DIST_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -s tests/faults/test_soak.py $(ARGS)
+
+# Compare the training step with the loop that a user of PyTorch would write; ARGS=--help says how.
+bench: $(VENV)/.installed
+	@$(BIN)/python tests/bench/training_speed.py $(ARGS)
+
+# The same, quicker: fails where a ratio fell below the committed one.
+bench-check: $(VENV)/.installed
+	@$(BIN)/python tests/bench/training_speed.py --no-memory --threads 1 --seconds 4 --batch-sequences 32 --models lstm_256 \
+		transformer_512 --loops loop_fp32 loop_bf16 --check tests/bench/results/training-speed.json $(ARGS)
+
+# Compare decoding with one request at a time and with `generate` of transformers; ARGS=--help says how.
+bench-serve: $(VENV)/.installed-test
+	@$(BIN)/python tests/bench/decode_speed.py $(ARGS)
 
 # Compare the training stream with other data loaders; ARGS=--help says how. Peers that cannot be installed are named.
 bench-data: $(VENV)/.installed

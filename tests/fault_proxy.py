@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -148,14 +149,22 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
     def _forward(self) -> tuple[int, list[tuple[str, str]], bytes]:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        is_chunked = self.headers.get("Transfer-Encoding") == "chunked"
+        body = self._chunks() if is_chunked else self.rfile.read(int(self.headers.get("Content-Length", 0)))
         connection = http.client.HTTPConnection("127.0.0.1", self.owner.upstream, timeout=30)
         try:
-            connection.request(self.command, self.path, body, dict(self.headers))
+            connection.request(self.command, self.path, body, dict(self.headers), encode_chunked=is_chunked)
             answer = connection.getresponse()
             return answer.status, answer.getheaders(), answer.read()
         finally:
             connection.close()
+
+    def _chunks(self) -> Iterator[bytes]:
+        """The body of a request that does not say its length, as S3 clients send files."""
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
 
     def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, fault: str | None) -> None:
         is_head = self.command == "HEAD"

@@ -19,9 +19,9 @@ import xxhash
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.prepare.lengths import length_facts
 from vae_dist.data.prepare.tables import write_manifest, write_tables
-from vae_dist.data.prepare.work import Folder
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.data.store.filesystem import resolve
+from vae_dist.data.store.folder import Folder
 from vae_dist.data.store.sequences import Sequences
 from vae_dist.data.store.shards import MemberEntry, Shard, ShardEntry, build_shard, entry_bytes, payload_schema
 from vae_dist.data.text.tokenizer import Tokenizer, build_tokenizer

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from vae_dist.observe.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = Path(os.environ.get("VAE_DIST_DATA", ROOT / "../shared/data")).resolve()
@@ -70,10 +75,60 @@ class Finished:
 
 @dataclass(frozen=True)
 class RayCluster:
-    """A running head node of this session: how to reach it, as environment variables."""
+    """A running head node: how to reach it, as environment variables; the folder of its logs; its process."""
 
     environment: dict[str, str]
     dashboard: str
+    folder: Path
+    pid: int
+
+
+@contextmanager
+def ray_head(home: Path) -> Iterator[RayCluster]:
+    """A Ray head node with token authentication, on ports and folders of its own."""
+    token = home / "token"
+    token.write_text(secrets.token_hex(32), encoding="ascii")
+    token.chmod(0o600)
+    port, dashboard = free_port(), free_port()
+    # Unix socket paths must be short, which pytest's folders are not.
+    temporary = Path(f"/tmp/vae-{port}")
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        # Stop at once: nothing is left to drain when the tests are over.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # Ray's own is 15: the clients that a test runs on the same cores would starve what they ask.
+        "RAY_worker_niceness": "0",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    start = ["ray", "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4", "--block"]
+    start += [f"--temp-dir={temporary}", "--object-store-memory=200000000", "--include-dashboard=true"]
+    start += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
+    start += [f"--dashboard-agent-listen-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0"]
+    log = open(home / "ray.log", "w")  # noqa: SIM115 - lives as long as the cluster
+    head = subprocess.Popen(
+        start, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_for(
+            lambda: answers(dashboard), 90, lambda: f"the Ray head node:\n{(home / 'ray.log').read_text()[-2000:]}"
+        )
+        yield RayCluster(environment, url, temporary, head.pid)
+    finally:
+        head.send_signal(signal.SIGTERM)
+        try:
+            head.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+        log.close()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Of the run's metrics so far, those of one kind, in order."""
+    return [record for record in read_metrics(run) if record["kind"] == kind]
 
 
 def run_command(arguments: list[str], environment: dict[str, str] | None = None, timeout: float = 240) -> Finished:
@@ -131,6 +186,18 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str | Callable
             return
         time.sleep(0.1)
     pytest.fail(f"waited {seconds} s for {what() if callable(what) else what}")
+
+
+def truncate(path: Path) -> None:
+    """Cut the last 20 bytes off a file."""
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit of a file, of the byte at a place; negative ones count from its end."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
 
 
 def free_port() -> int:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.errors import ConfigError, RunError, VaeDistError
 from vae_dist.observe.console import INTERRUPTED, fail, say, show_log
+from vae_dist.plan_command import add_plan_command
 from vae_dist.table.command import add_table_command
 
 # Seeds are added to row numbers and must stay inside 64 bits.
@@ -123,9 +124,9 @@ def tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from vae_dist.data.store.dataset import Dataset
-    from vae_dist.engine.precision import autocast_dtype
     from vae_dist.evaluate.whole import Evaluation, evaluate_model
     from vae_dist.export.model_dir import load_model
+    from vae_dist.model.precision import autocast_dtype
     from vae_dist.observe.evaluation_page import write_evaluation
 
     page = _new_file(args.page) if args.page else None
@@ -158,14 +159,15 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def reconstruct(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.decode.latent_ops import score_texts
+    from vae_dist.decode.encode import score
 
     texts = args.texts or [line.strip() for line in sys.stdin if line.strip()]
     if not texts:
         raise ConfigError("There is no text to reconstruct. Give texts as arguments, or one a line on standard input.")
     model = _text_model(args.model)
-    outputs, rows = model.reconstruct(texts, args.seed, _decoding(args, model))
-    scores = score_texts(model, texts, rows)
+    encoded = model.encode(texts)
+    rows = model.engine.run(model.reconstruct_requests(encoded, args.seed, _decoding(args, model)))
+    outputs, scores = model.texts(rows), score(model.vae, list(zip(encoded, rows, strict=True)))
     for given, output in zip(texts, outputs, strict=True):
         print(f"{given}\n  -> {output}")
     found = [{"input": a, "text": b, **s} for a, b, s in zip(texts, outputs, scores, strict=True)]
@@ -188,16 +190,15 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def serve(args: argparse.Namespace) -> None:
-    from vae_dist.serve.run import serve_model
+    from vae_dist.config.load import load_section
+    from vae_dist.serve.run import serve_models
+    from vae_dist.serve.settings import ServeConfig, named_models
 
-    serve_model(Path(args.model), args.host, args.port)
-
-
-def plan(args: argparse.Namespace) -> dict[str, Any]:
-    from vae_dist.engine.plan_view import describe_plan
-    from vae_dist.train import plan_only
-
-    return describe_plan(*plan_only(args.config))
+    flags = ("host", "port", "keys", "requests_per_minute", "texts")
+    given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
+    if args.models:
+        given["models"] = named_models(args.models)
+    serve_models(load_section(ServeConfig, args.config, given))
 
 
 def doctor(args: argparse.Namespace) -> dict[str, Any]:
@@ -211,16 +212,19 @@ def doctor(args: argparse.Namespace) -> dict[str, Any]:
 def _text_model(path: str) -> Any:
     from vae_dist.decode.latent_ops import TextModel
     from vae_dist.export.model_dir import load_model
+    from vae_dist.model.precision import autocast_dtype
 
     loaded = load_model(path)
-    return TextModel(loaded.vae, loaded.tokenizer, loaded.max_tokens)
+    # As the server has it, so that both give the same texts.
+    dtype = autocast_dtype("auto", loaded.vae.output_bias.device)
+    return TextModel(loaded.vae, loaded.tokenizer, loaded.max_tokens, dtype)
 
 
 def _decoding(args: argparse.Namespace, model: Any) -> Any:
-    from vae_dist.decode.generate import Decoding
+    from vae_dist.decode.request import Decoding
 
     longest = min(args.max_tokens or model.max_tokens, model.max_tokens)
-    return Decoding(args.temperature, args.top_k, args.top_p, longest, args.allow_unknown)
+    return Decoding(args.temperature, args.top_k, args.top_p, longest, args.allow_unknown, args.repetition_penalty)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -229,8 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train; the same as python -m vae_dist.train")
     _add_data(commands)
     _add_model_commands(commands)
-    one = _command(commands, "plan", plan, "what a configuration would do")
-    one.add_argument("config", nargs="*", help="CONFIG and key=value overrides, as for train")
+    add_plan_command(commands)
     add_table_command(commands)
     _command(commands, "doctor", doctor, "what is installed, and what is wrong")
     return parser
@@ -308,9 +311,15 @@ def _add_model_commands(commands: Any) -> None:
     one.add_argument("run")
     one.add_argument("out")
     one = _command(commands, "serve", serve, "an HTTP endpoint through Ray Serve")
-    one.add_argument("model")
-    one.add_argument("--host", default="127.0.0.1")
-    one.add_argument("--port", type=_at_least(1), default=8000)
+    one.add_argument("models", nargs="*", metavar="[NAME=]DIR", help="a name is for requests that choose a model")
+    one.add_argument("--config", type=Path, metavar="YAML", help="these and more settings; flags come before it")
+    one.add_argument("--host", help="default: 127.0.0.1")
+    one.add_argument("--port", type=_at_least(1), help="default: 8000")
+    keys = "a file of NAME:KEY lines that only you can read; default: $VAE_DIST_API_KEYS"
+    one.add_argument("--keys", metavar="FILE", help=keys)
+    one.add_argument("--requests-per-minute", type=_at_least(1), metavar="N", help="of each key; default: no limit")
+    texts = "a data set whose validation texts the page's map shows to whoever may ask; may be given several times"
+    one.add_argument("--texts", metavar="DATA", action="append", help=texts)
 
 
 def _add_decoding(parser: argparse.ArgumentParser, temperature: float) -> None:
@@ -319,6 +328,7 @@ def _add_decoding(parser: argparse.ArgumentParser, temperature: float) -> None:
     parser.add_argument("--top-k", type=_at_least(0), default=0)
     parser.add_argument("--top-p", type=_at_least(0.0), default=1.0)
     parser.add_argument("--max-tokens", type=_at_least(1))
+    parser.add_argument("--repetition-penalty", type=_at_least(0.01), default=1.0, help="1 is off")
     parser.add_argument("--allow-unknown", action="store_true", help="let the model write <unk>")
 
 

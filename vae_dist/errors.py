@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from vae_dist.config.credentials import without_credentials
+
 
 class VaeDistError(Exception):
     """Base of every error whose message is meant for the user; the CLI prints it without a traceback.
 
-    `exit_status` is 2 when the user's input is wrong and 1 when the run itself failed.
+    `exit_status` is 2 when the user's input is wrong and 1 when the run itself failed. The message is without the
+    credentials of URLs in it.
     """
 
     exit_status = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = without_credentials(message)
+        super().__init__(self.message)
 
     def __reduce__(self) -> tuple[type[VaeDistError], tuple[str]]:
         # Subclasses with their own constructor arguments would otherwise fail to unpickle on the driver.
@@ -38,6 +41,12 @@ class ModelError(VaeDistError):
 
 class MachineError(VaeDistError):
     """The machine or cluster lacks something the run needs: a compiler, a package, free resources, a token."""
+
+
+class OverloadedError(VaeDistError):
+    """More was asked for than there is room for at present."""
+
+    exit_status = 1
 
 
 class RunError(VaeDistError):

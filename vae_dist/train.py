@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 from vae_dist.config.load import load_config
 from vae_dist.config.schema import Config
 from vae_dist.data.prepare.prepare import prepare_cached
@@ -26,12 +28,14 @@ from vae_dist.launch.prepare import executor
 from vae_dist.model.huggingface_checkpoint import require_positions, with_architectures
 from vae_dist.observe.console import INTERRUPTED, fail, say, show_log
 from vae_dist.observe.preparing import show_preparing
+from vae_dist.observe.start_up import StartUp
 from vae_dist.observe.versions import versions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 finished (or saved after a signal), 1 failed, 2 the input is wrong."""
-    started_at = time.time()
+    # What was imported by now took seconds, too.
+    started_at = psutil.Process().create_time()
     show_log()
     try:
         config = _load(sys.argv[1:] if arguments is None else arguments)
@@ -92,13 +96,16 @@ def _plan(config: Config, started_at: float) -> tuple[RunPlan, TrainingData]:
 
 
 def _launch(plan: RunPlan) -> int:
+    start_up = StartUp(plan.started_at)
+    start_up.mark("configuration and data")
     # Ray takes seconds to import: not for a mistyped key or a finished run.
     from vae_dist.launch.cluster import connect, size_worker_group
     from vae_dist.launch.trainer import fit
 
     say(f"run {plan.run_dir}: {plan.total_steps} steps of {plan.config.train.batch_sequences} sequences")
     connect()
-    outcome = fit(plan, size_worker_group(plan.config))
+    start_up.mark("Ray")
+    outcome = fit(plan, size_worker_group(plan.config), start_up)
     if outcome.result is None:
         say(f"saved at step {outcome.steps} of {plan.total_steps}; the same command resumes")
         print(json.dumps({"run_dir": str(plan.run_dir), "steps": outcome.steps, "finished": False}))

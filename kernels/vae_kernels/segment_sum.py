@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vae_kernels.backend import on_device_of, resolve_backend
 
@@ -42,8 +43,9 @@ def segment_ids(cu_seqlens_B1: torch.Tensor, rows: int) -> torch.Tensor:
 def check_offsets(cu_seqlens_B1: torch.Tensor, rows: int) -> None:
     """Raise when the offsets cannot cut `rows` rows into sequences."""
     _check_layout(cu_seqlens_B1)
-    # While a graph is traced there are no values yet; `segment_sum` looks at them whenever it runs.
-    if cu_seqlens_B1.device.type != "cpu" or torch.compiler.is_compiling():
+    # While a graph or a cost is traced there are no values; `segment_sum` looks at them whenever it runs.
+    has_values = not torch.compiler.is_compiling() and not isinstance(cu_seqlens_B1, FakeTensor)
+    if cu_seqlens_B1.device.type != "cpu" or not has_values:
         return
     first, last = int(cu_seqlens_B1[0]), int(cu_seqlens_B1[-1])
     if first != 0 or last != rows or bool((cu_seqlens_B1.diff() < 0).any()):

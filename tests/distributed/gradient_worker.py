@@ -19,7 +19,7 @@ from vae_dist.data.store.dataset import Dataset
 from vae_dist.data.stream.stream import Stream
 from vae_dist.data.stream.training_data import order_spec
 from vae_dist.data.stream.windows import EpochWindows
-from vae_dist.engine.run import start_engine
+from vae_dist.engine.build import start_engine
 from vae_dist.engine.step import TrainStep
 
 

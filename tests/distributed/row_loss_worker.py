@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vae_dist.engine.zero import require_compiler
+from vae_dist.engine.compiler import require_compiler
 from vae_kernels import linear_cross_entropy
 
 LEARNING_RATE = 0.5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import train_in_one_process
 
-from vae_dist.engine.checkpoint_files import NamedState, read_progress, read_states
+from vae_dist.engine.checkpoint_files import NamedState, States, read_progress
 
 COMMON = (
     "model.embedding_dim=16",
@@ -53,7 +53,7 @@ def turns(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
     train_in_one_process(dataset_dir, storage, {"turns": list(TURNS)})
     folders = sorted((storage / "turns" / "checkpoints").glob("step-*"))
     assert len(folders) == 12
-    return [read_states(folder) for folder in folders]
+    return [States(folder) for folder in folders]
 
 
 def moved(before: NamedState, after: NamedState) -> bool:

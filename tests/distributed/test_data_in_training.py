@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support import TINY, Finished, RayCluster, corpus, start_command, wait_for
+from support import TINY, Finished, RayCluster, corpus, records, start_command, wait_for
 
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.prepare.prepare import prepare
@@ -31,11 +29,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-def records(run: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in found if record["kind"] == kind]
-
-
 def test_a_shard_that_disappears_ends_the_run_on_all_ranks(
     ray_cluster: RayCluster, prepared: Path, tmp_path: Path
 ) -> None:
@@ -45,8 +38,7 @@ def test_a_shard_that_disappears_ends_the_run_on_all_ranks(
     settings += ["data.length_groups=4", "data.shuffle_window_sequences=16", "data.shuffle_block_sequences=50"]
     settings += ["train.epochs=1", "run.log_every_steps=5", "evaluate.every_steps=100000"]
     process = start_command([sys.executable, "-m", "vae_dist.train", *settings], ray_cluster.environment)
-    log = tmp_path / "lost" / "metrics.jsonl"
-    wait_for(lambda: log.exists() and '"kind": "train"' in log.read_text(), 120, "the first steps")
+    wait_for(lambda: records(tmp_path / "lost", "train"), 120, "the first steps")
     for shard in sorted(data.glob("train-*.tar"))[100:]:
         shard.unlink()
     lost_at = time.monotonic()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from small_data import some_rows, word_tokenizer, write_dataset
-from support import train_in_one_process
+from support import records, train_in_one_process
 from tiny_checkpoints import huggingface_model, their_tokenizer
 
 from vae_dist.config.load import canonical_json
@@ -29,8 +28,7 @@ def test_a_run_from_checkpoints_trains_and_exports_a_model_of_its_own(tmp_path: 
     model = with_architectures(ModelConfig(embedding_dim=16, latent_dim=4, **places))
     arguments = [f"model={canonical_json(model)}", f"cluster.zero_stage={stage}", "train.steps=6"]
     train_in_one_process(tmp_path / "data", tmp_path, {"run": [*arguments, "run.checkpoint_every_steps=3"]})
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    messages = [json.loads(line).get("message") for line in lines]
+    messages = [record["message"] for record in records(tmp_path / "run", "event")]
     assert f"{tmp_path}/decoder/tokenizer.json: embeddings of 30 of 60 tokens (50.0%)" in messages
     export_run(tmp_path / "run", tmp_path / "model")
     trained = torch.load(tmp_path / "run" / "weights.pt", weights_only=True)

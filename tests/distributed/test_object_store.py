@@ -23,7 +23,8 @@ from vae_dist.data.store import filesystem
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.data.store.filesystem import resolve
 from vae_dist.data.store.range_cache import RangeCache
-from vae_dist.data.store.ranges import RangeReader, RetryPolicy
+from vae_dist.data.store.ranges import RangeReader
+from vae_dist.data.store.retry import RetryPolicy
 from vae_dist.data.store.split import Split
 from vae_dist.data.stream.order import OrderSpec
 from vae_dist.data.stream.stream import Stream
@@ -204,7 +205,7 @@ def test_denied_is_not_tried_again(proxy: FaultProxy, tries: Callable[[RetryPoli
     proxy.begin(Schedule(("denied",), 1.0))
     message = error_of(lambda: split.read(0, 25))
     assert "train-000000.tar" in message
-    assert "Check the permissions and credentials" in message
+    assert "Check the permissions, the credentials and the address" in message
     assert len(proxy.requests) == 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TINY, Finished, RayCluster, start_command, wait_for
+from support import TINY, Finished, RayCluster, records, start_command, wait_for
 
 STEPS = 50
 LONG = 600
@@ -25,14 +24,12 @@ def run_name(**settings: Any) -> str:
 
 def losses(run: Path) -> list[float]:
     """ELBO of every step, from the run's metrics."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [r["elbo_per_seq"] for r in records if r["kind"] == "train"]
+    return [record["elbo_per_seq"] for record in records(run, "train")]
 
 
 def beginning(run: Path) -> dict[str, Any]:
     """What the run said of its engine when it began."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return next(r for r in records if "zero_stage" in r)
+    return next(record for record in records(run, "event") if "zero_stage" in record)
 
 
 def relative(a: list[float], b: list[float]) -> float:
@@ -79,7 +76,7 @@ def test_run_leaves_everything_a_user_needs(uninterrupted: Path) -> None:
     for name in ("resolved.yaml", "run.json", "report.html", "model/model.safetensors", "model/card.md", "tensorboard"):
         assert (uninterrupted / name).exists(), name
     pickles = [p for p in uninterrupted.rglob("*") if p.suffix in (".pt", ".pkl", ".bin", ".pth")]
-    assert not [p for p in pickles if "ray" not in p.relative_to(uninterrupted).parts[:1]], pickles
+    assert pickles == []
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -164,7 +161,7 @@ def test_killed_run_resumes_to_the_same_end(
     command = [sys.executable, "-m", "vae_dist.train", *long_settings, "run.name=killed"]
     process = start_command(command, ray_cluster.environment)
     try:
-        wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 25, 120, "25 steps")
+        wait_for(lambda: len(losses(run)) >= 25, 120, "25 steps")
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -187,7 +184,7 @@ def test_interrupt_saves_and_the_same_command_resumes(
     local = {**ray_cluster.environment, "RAY_ADDRESS": ""}
     process = start_command([sys.executable, "-m", "vae_dist.train", *settings], local)
     try:
-        wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 3, 120, "3 steps")
+        wait_for(lambda: len(losses(run)) >= 3, 120, "3 steps")
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:
@@ -213,25 +210,6 @@ def test_finished_run_says_so_and_prints_its_line_again(
     again = train(*settings, "run.name=uninterrupted", timeout=30)
     assert again.status == 0 and "is finished" in again.err
     assert again.json == json.loads((uninterrupted / "result.json").read_text())
-
-
-@pytest.mark.long
-def test_damaged_checkpoint_falls_back_and_says_so(
-    train: Callable[..., Finished], settings: list[str], uninterrupted: Path, storage: Path
-) -> None:
-    run = storage / "damaged"
-    shutil.copytree(uninterrupted, run)
-    (run / "result.json").unlink()
-    newest = sorted((run / "checkpoints").iterdir())[-1]
-    victim = next(newest.glob("*.safetensors"))
-    data = bytearray(victim.read_bytes())
-    data[-1] ^= 1
-    victim.write_bytes(bytes(data))
-    done = train(*settings, "run.name=damaged")
-    assert done.status == 0, done.err
-    assert "resuming from step 40" in done.err
-    assert newest.name in done.err and "does not match its hash" in done.err, done.err
-    assert losses(run) == losses(uninterrupted)
 
 
 @pytest.mark.long

@@ -10,8 +10,8 @@ import pytest
 from support import RayCluster, run_command
 
 from vae_dist.data.store.dataset import Dataset
-from vae_dist.decode.generate import Decoding
 from vae_dist.decode.latent_ops import TextModel
+from vae_dist.decode.request import Decoding
 from vae_dist.evaluate.likelihood import score_split, summarise, swapped_rec_per_seq
 from vae_dist.evaluate.text_metrics import sequence_hashes, verbatim_fraction
 from vae_dist.export.model_dir import load_model

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support import TINY, Finished, RayCluster, run_command, start_command, wait_for
+from support import TINY, Finished, RayCluster, records, run_command, start_command, wait_for
 
 from vae_dist.config.load import load_config
 from vae_dist.data.store.dataset import Dataset
@@ -36,9 +36,7 @@ def table(tmp_path: Path) -> Path:
 
 
 def steps_of(run: Path) -> list[int]:
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
-    return [r["step"] for r in map(json.loads, lines) if r["kind"] == "train"]
+    return [record["step"] for record in records(run, "train")]
 
 
 def started(storage: Path, method: str) -> Path:

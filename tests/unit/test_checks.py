@@ -30,6 +30,8 @@ WORKING = ["data.streams=8", "train.batch_sequences=64", "data.prepare.max_token
             ["data.prepare.valid_fraction=0.5", "data.prepare.test_fraction=0.5"],
             ("valid_fraction + test_fraction = 1 ", "smaller than 1"),
         ),
+        (["run.checkpoint_url=checkpoints"], ("'checkpoints' is no whole URL", "s3://bucket/folder")),
+        (["run.checkpoint_url=file://checkpoints/x"], ("no whole URL", "file:///folder")),
         (["train.micro_batch_tokens=100"], ("micro_batch_tokens = 100", "max_tokens = 128")),
         (
             ["data.prepare.format=text", "data.prepare.record=document"],
@@ -128,6 +130,12 @@ CLASHING = [
     ("cluster.zero_stage=3", "model.encoder.recurrent_dropout=0.1", "model.encoder.recurrent_dropout=0"),
     ("cluster.zero_stage=3", "model.decoder.recurrent_dropout=0.1", "cluster.zero_stage=2"),
     ("cluster.zero_stage=3", "optimizer.average_decay=0.9", "optimizer.average_decay=0"),
+    ("cluster.zero_stage=0", "cluster.overlap_communication=true", "cluster.zero_stage=1"),
+    ("cluster.zero_stage=0", "cluster.offload_optimizer=true", "cluster.offload_optimizer=false"),
+    ("cluster.zero_stage=2", "cluster.offload_parameters=true", "cluster.zero_stage=3"),
+    ("cluster.zero_stage=1", "cluster.hpz_ranks=2", "cluster.hpz_ranks=1"),
+    ("cluster.zero_stage=2", "cluster.quantized_weights=true", "cluster.quantized_weights=false"),
+    ("cluster.zero_stage=2", "cluster.quantized_gradients=true", "cluster.zero_stage=3"),
 ]  # fmt: skip
 
 

@@ -146,6 +146,8 @@ optimizer.beta2
 optimizer.epsilon
 optimizer.weight_decay
 optimizer.gradient_clip_norm
+optimizer.skip_above_median
+optimizer.skip_budget
 optimizer.average_decay
 train.seed
 train.epochs
@@ -166,9 +168,27 @@ run.name
 run.log_every_steps
 run.checkpoint_every_steps
 run.keep_checkpoints
+run.checkpoint_url
+run.ledger
+run.unwritten_checkpoints
+run.peak_flops
+run.sinks
+run.trace_steps
+run.trace_profiler
+run.straggler_factor
+run.hang_seconds
 cluster.workers
+cluster.min_workers
+cluster.max_restarts
+cluster.wait_seconds
 cluster.cpus_per_worker
 cluster.zero_stage
+cluster.overlap_communication
+cluster.offload_optimizer
+cluster.offload_parameters
+cluster.hpz_ranks
+cluster.quantized_weights
+cluster.quantized_gradients
 cluster.collective_timeout_seconds
 """.splitlines()
 

@@ -15,10 +15,15 @@ from scipy import stats
 
 from vae_dist.config.model_schema import LstmConfig, ModelConfig, TransformerConfig
 from vae_dist.config.schema import PrepareConfig
+from vae_dist.data.store.sequences import Sequences
+from vae_dist.data.stream.batch import collate
 from vae_dist.data.text.special_ids import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from vae_dist.data.text.tokenizer import build_tokenizer
-from vae_dist.decode.generate import TOKEN_STREAM, Decoding, generate, prior_latents
-from vae_dist.decode.latent_ops import TextModel, score_texts
+from vae_dist.decode.encode import score
+from vae_dist.decode.engine import TOKEN_STREAM, generate
+from vae_dist.decode.latent_ops import TextModel
+from vae_dist.decode.prior import prior_latents
+from vae_dist.decode.request import Decoding, Generated
 from vae_dist.errors import DataError
 from vae_dist.model.vae import TextVAE
 from vae_kernels import philox_uniform
@@ -28,21 +33,24 @@ GREEDY = Decoding(temperature=0.0, max_tokens=12)
 
 
 class FixedLogits:
-    """A decoder whose logits at each position are given; the latent does not matter."""
+    """A decoder whose logits at each position are given; the latent does not matter. `seen` is what one row was fed."""
+
+    per_token, latent_dim, first_position = False, 1, 0
 
     def __init__(self, *logits: list[float]) -> None:
         self.table = torch.tensor(logits)
-        self.seen: list[list[int]] = []
+        self.output_bias, self.vocab_size = self.table[0], len(logits[0])
+        self.seen: list[int] = []
         self.decoder = self
 
-    def start(self, z_BD: torch.Tensor, max_tokens: int) -> int:
-        return 0
+    def new_state(self, rows: int, max_tokens: int) -> list[torch.Tensor]:
+        return []
 
-    def step(self, tokens_B: torch.Tensor, z_BD: torch.Tensor, state: int, position: int) -> tuple[torch.Tensor, int]:
-        assert state == position
-        self.seen.append(tokens_B.tolist())
-        row = self.table[min(position, len(self.table) - 1)]
-        return row.expand(len(tokens_B), -1).clone(), state + 1
+    def step(
+        self, tokens_B: torch.Tensor, z_BD: torch.Tensor, state: list[torch.Tensor], position_B: torch.Tensor, span: int
+    ) -> torch.Tensor:
+        self.seen.append(int(tokens_B[0]))
+        return self.table[position_B.clamp(max=len(self.table) - 1)]
 
 
 def standard(latent_dim: int) -> TextVAE:
@@ -94,8 +102,9 @@ def test_tokens_follow_the_distribution_by_inverse_cdf(options: dict[str, Any]) 
     uniform = philox_uniform(
         torch.zeros(2, dtype=torch.int64), torch.arange(count), torch.tensor(0), stream=TOKEN_STREAM
     )
-    borders = np.cumsum(list(distribution.values()))
-    expected = np.array(list(distribution))[np.searchsorted(borders[:-1], uniform.numpy(), side="right")]
+    in_order = sorted(distribution)
+    borders = np.cumsum([distribution[token] for token in in_order])
+    expected = np.array(in_order)[np.searchsorted(borders[:-1], uniform.numpy(), side="right")]
     clear = np.abs(uniform.numpy()[:, None] - borders).min(axis=1) > 1e-5
     assert np.array_equal(tokens[clear], expected[clear])
     if len(distribution) > 1:
@@ -148,7 +157,8 @@ def test_finish_reasons_and_what_is_fed_back() -> None:
     model = FixedLogits(no_end, no_end, then_end)
     (row,) = generate(model, torch.zeros(1, 1), [0], Decoding(temperature=0.0, max_tokens=9))  # type: ignore[arg-type]
     assert (row.tokens, row.finished) == ([4, 4, EOS_ID], True)
-    assert model.seen == [[BOS_ID], [4], [4]]
+    # Before that the engine has tried its shapes.
+    assert model.seen[-3:] == [BOS_ID, 4, 4]
     for limit in (0, 1, 2):
         (cut,) = generate(model, torch.zeros(1, 1), [0], Decoding(temperature=0.0, max_tokens=limit))  # type: ignore[arg-type]
         assert (cut.tokens, cut.finished) == ([4] * limit, False)
@@ -220,9 +230,7 @@ def test_a_seed_gives_the_same_text_alone_or_in_a_batch(model: TextModel) -> Non
     texts, rows, _ = model.sample(7, 100, decoding)
     assert len(set(texts)) > 3
     for i in range(7):
-        (text,), (row,), _ = model.sample(1, 100 + i, decoding)
-        assert text == texts[i]
-        assert row.log_prob == pytest.approx(rows[i].log_prob, abs=1e-3)
+        assert model.sample(1, 100 + i, decoding)[:2] == ([texts[i]], [rows[i]])
     assert model.sample(7, 200, decoding)[0] != texts
 
 
@@ -230,7 +238,7 @@ def test_a_row_shorter_than_its_company_is_not_changed_by_it(model: TextModel) -
     z_BD = prior_latents(model.vae, range(20), 12)
     together = generate(model.vae, z_BD, range(20), Decoding(max_tokens=12))
     alone = [generate(model.vae, z_BD[i : i + 1], [i], Decoding(max_tokens=12))[0] for i in range(20)]
-    assert [row.tokens for row in together] == [row.tokens for row in alone]
+    assert together == alone
 
 
 def test_unknown_is_written_only_when_allowed(model: TextModel) -> None:
@@ -277,24 +285,33 @@ def test_interpolation_ends_at_the_reconstructions(model: TextModel, path: str, 
 
 
 def test_reconstruction_decodes_the_posterior_mean(model: TextModel) -> None:
-    mean_BD, logvar_BD, truncated = model.encode(TEXTS)
-    assert mean_BD.shape == logvar_BD.shape == (4, 6)
-    assert truncated == [False] * 4
+    encoded = model.encode(TEXTS)
+    for one, text in zip(encoded, TEXTS, strict=True):
+        ids = model.tokenizer.encode_batch([text])[0]
+        assert one.ids.tolist() == list(ids) and not one.truncated
+        mean_1D, logvar_1D = model.vae.encode(collate(Sequences.from_list([ids]), np.zeros(1, np.int64)))
+        torch.testing.assert_close(one.mean, mean_1D[0].detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.logvar, logvar_1D[0].detach(), atol=1e-5, rtol=1e-5)
     texts, rows = model.reconstruct(TEXTS, 0, GREEDY)
-    assert rows == generate(model.vae, mean_BD, range(4), GREEDY)
+    assert rows == generate(model.vae, torch.stack([one.mean for one in encoded]), range(4), GREEDY)
     assert texts == [model.tokenizer.decode(row.tokens) for row in rows]
-    alone = torch.cat([model.encode([text])[0] for text in TEXTS])
-    torch.testing.assert_close(alone, mean_BD, atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_is_encoded_alike_alone_and_in_any_company(model: TextModel) -> None:
+    many = [" ".join(WORDS[i : i + 1 + i % 7]) for i in range(25)] * 2
+    together = model.encode(many)
+    for text, one in zip(many[:8], together, strict=False):
+        (alone,) = model.encode([text])
+        assert torch.equal(alone.mean, one.mean) and torch.equal(alone.logvar, one.logvar)
+    assert all(torch.equal(together[i].mean, together[i + 25].mean) for i in range(25))
 
 
 def test_a_long_text_keeps_its_start_and_its_end_of_sequence(model: TextModel) -> None:
     exact, longer = " ".join(WORDS[:11]), " ".join(WORDS[:12])
-    batch, truncated = model.batch([exact, longer])
-    assert truncated == [False, True]
-    assert batch.tokens_BT.shape == (2, 12)
-    assert batch.tokens_BT[0].tolist() == batch.tokens_BT[1].tolist()
-    assert int(batch.tokens_BT[1, -1]) == EOS_ID
-    assert model.encode([longer])[2] == [True]
+    whole, cut = model.encode([exact, longer])
+    assert (whole.truncated, cut.truncated) == (False, True)
+    assert len(whole.ids) == 12 and whole.ids.tolist() == cut.ids.tolist()
+    assert cut.ids[-1] == EOS_ID
 
 
 @pytest.mark.parametrize("text", ["", "   "])
@@ -306,25 +323,26 @@ def test_a_text_without_a_word_is_refused(model: TextModel, text: str) -> None:
 def test_texts_are_scored_by_teacher_forcing_and_against_their_reconstruction(model: TextModel) -> None:
     texts = [TEXTS[0], " ".join(WORDS[:20])]
     _, rows = model.reconstruct(texts, 0, GREEDY)
-    scores = score_texts(model, texts, rows)
-    mean_BD, logvar_BD, _ = model.encode(texts)
-    batch, _ = model.batch(texts)
-    for i, score in enumerate(scores):
-        tokens = batch.tokens_BT[i, : batch.lengths_B[i]].tolist()
-        nll = -forced_log_probs(model.vae, tokens, mean_BD[i])[range(len(tokens)), tokens].mean()
-        assert score["nll_per_token"] == pytest.approx(float(nll), abs=1e-4)
-        kl = 0.5 * (mean_BD[i] ** 2 + logvar_BD[i].exp() - logvar_BD[i] - 1).sum()
-        assert score["kl_per_seq"] == pytest.approx(float(kl), rel=1e-4)
-        same = sum(a == b for a, b in zip(tokens, rows[i].tokens, strict=False))
-        assert score["token_accuracy"] == same / max(len(tokens), len(rows[i].tokens))
-        assert score["truncated"] == (i == 1)
+    encoded = model.encode(texts)
+    scores = score(model.vae, list(zip(encoded, rows, strict=True)))
+    for i, (text, row, found) in enumerate(zip(encoded, rows, scores, strict=True)):
+        tokens = text.ids.tolist()
+        nll = -forced_log_probs(model.vae, tokens, text.mean)[range(len(tokens)), tokens].mean()
+        assert found["nll_per_token"] == pytest.approx(float(nll), abs=1e-4)
+        kl = 0.5 * (text.mean**2 + text.logvar.exp() - text.logvar - 1).sum()
+        assert found["kl_per_seq"] == pytest.approx(float(kl), rel=1e-4)
+        same = sum(a == b for a, b in zip(tokens, row.tokens, strict=False))
+        assert found["token_accuracy"] == same / max(len(tokens), len(row.tokens))
+        assert found["truncated"] == (i == 1)
 
 
 def test_a_perfect_reconstruction_has_accuracy_one(model: TextModel) -> None:
-    from vae_dist.decode.generate import Generated
-
-    tokens = [*model.batch([TEXTS[0]])[0].tokens_BT[0].tolist()]
-    (perfect,) = score_texts(model, TEXTS[:1], [Generated(tokens, 0.0, True)])
-    (cut,) = score_texts(model, TEXTS[:1], [Generated(tokens[:2], 0.0, False)])
-    (longer,) = score_texts(model, TEXTS[:1], [Generated([*tokens, 5, 5, 5, 5], 0.0, False)])
+    (text,) = model.encode([TEXTS[0]])
+    tokens = text.ids.tolist()
+    written = (
+        Generated(tokens, 0.0, True),
+        Generated(tokens[:2], 0.0, False),
+        Generated([*tokens, 5, 5, 5, 5], 0.0, False),
+    )
+    perfect, cut, longer = score(model.vae, [(text, one) for one in written])
     assert (perfect["token_accuracy"], cut["token_accuracy"], longer["token_accuracy"]) == (1.0, 0.5, 0.5)

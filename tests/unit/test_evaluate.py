@@ -111,6 +111,7 @@ class LinearGaussian(nn.Module):
         )
         self.calls: list[tuple[np.ndarray, torch.Tensor | None]] = []
         self.modes: list[bool] = []
+        self.encodings = 0
 
     def posterior(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(matrix from y to the mean of z, diagonal log-variance); a little off the optimum on purpose."""
@@ -127,11 +128,10 @@ class LinearGaussian(nn.Module):
         stream: int = 0,
         z: Any = None,
         fitted_prior: bool = False,
+        posterior_rows: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> VaeOutput:
         y_BT = batch.tokens_BT.double() / 10
-        parameters = [self.posterior(int(n)) for n in batch.lengths_B]
-        mean = torch.stack([m @ y[:n] for (m, _), y, n in zip(parameters, y_BT, batch.lengths_B, strict=True)])
-        logvar = torch.stack([v for _, v in parameters])
+        mean, logvar = posterior_rows or self.encoded(batch)
         latent = gaussian_rsample_kl(mean, logvar, rng, batch.sample_id_B, num_samples=num_samples, stream=stream)
         self.calls.append((batch.sample_id_B.numpy(), z))
         self.modes.append(self.training)
@@ -141,6 +141,13 @@ class LinearGaussian(nn.Module):
         real_BT = torch.arange(y_BT.shape[1]) < batch.lengths_B[:, None]
         rec_KB = -(density * real_BT).sum(-1)
         return VaeOutput(rec_KB[0].sum(), rec_KB, latent, mean, logvar)
+
+    def encoded(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        self.encodings += 1
+        y_BT = batch.tokens_BT.double() / 10
+        parameters = [self.posterior(int(n)) for n in batch.lengths_B]
+        mean = torch.stack([m @ y[:n] for (m, _), y, n in zip(parameters, y_BT, batch.lengths_B, strict=True)])
+        return mean, torch.stack([v for _, v in parameters])
 
     def log_marginal(self, tokens: np.ndarray) -> float:
         a = self.a[: len(tokens)].detach().numpy()
@@ -202,6 +209,12 @@ def test_the_importance_weighted_bound_rises_to_the_marginal_likelihood() -> Non
     assert -sum(vae.elbo(TOKENS)) < exact - 0.05
     assert means[3] == pytest.approx(exact, abs=0.01 + 5 * errors[3])
     assert all(mean < exact + 5 * error for mean, error in zip(means, errors, strict=True))
+
+
+def test_a_batch_is_encoded_once_for_all_its_samples() -> None:
+    model = LinearGaussian()
+    score(model, ArraySplit(some_rows(20)), batch_sequences=10, importance_samples=45)
+    assert (model.encodings, len(model.calls)) == (2, 10)
 
 
 def test_importance_samples_also_average_the_reconstruction() -> None:

@@ -13,10 +13,9 @@ import torch
 
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.store.sequences import Sequences
-from vae_dist.data.stream.batch import Batch, collate
 from vae_dist.data.text.special_ids import EOS_ID, UNK_ID
 from vae_dist.data.text.tokenizer import Tokenizer, build_tokenizer
-from vae_dist.decode.generate import Decoding, Generated
+from vae_dist.decode.request import Decoding, Generated
 from vae_dist.errors import DataError
 from vae_dist.evaluate.ngram import KneserNey
 from vae_dist.evaluate.texts import TextOptions, evaluate_texts
@@ -57,8 +56,8 @@ class Model:
     def vae(self) -> Any:
         return SimpleNamespace(config=SimpleNamespace(latent=self.latent))
 
-    def batch(self, texts: list[str]) -> tuple[Batch, list[bool]]:
-        return collate(Sequences.from_list(self.tokenizer.encode_batch(texts)), np.arange(len(texts))), []
+    def encode(self, texts: list[str]) -> list[Any]:
+        return [SimpleNamespace(ids=ids) for ids in self.tokenizer.encode_batch(texts)]
 
     def sample(self, count: int, seed: int, decoding: Decoding) -> tuple[list[str], list[Generated], torch.Tensor]:
         self.calls.append(("sample", count, seed, decoding))

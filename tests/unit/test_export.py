@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import flip, truncate
 
 from vae_dist.config.model_schema import LstmConfig, ModelConfig, TransformerConfig
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.text.tokenizer import Tokenizer, build_tokenizer
-from vae_dist.engine.checkpoint_files import (
-    FORMAT_VERSION,
-    Progress,
-    commit,
-    damage,
-    file_entry,
-    newest_whole,
-    read_progress,
-    read_states,
-    retain,
-)
-from vae_dist.errors import CheckpointError, ModelError
+from vae_dist.errors import ModelError
 from vae_dist.export.model_dir import FILES, copy_model, find_model_dir, load_model, write_model
 from vae_dist.model.vae import TextVAE
 
@@ -123,16 +110,6 @@ def test_a_copy_is_a_model(model_dir: Path, tmp_path: Path) -> None:
     assert load_model(tmp_path / "copy").weights_sha256 == load_model(model_dir).weights_sha256
 
 
-def flip(path: Path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-20])
-
-
 def change_info(path: Path, **changes: Any) -> None:
     info = json.loads((path / "config.json").read_text(encoding="utf-8")) | changes
     kept = {key: value for key, value in info.items() if value is not None}
@@ -194,97 +171,3 @@ def test_an_interrupted_rewrite_leaves_no_model(model_dir: Path, monkeypatch: py
         write(model_dir, make_vae())
     with pytest.raises(ModelError, match="is no model directory"):
         load_model(model_dir)
-
-
-def write_checkpoint(directory: Path, step: int, version: int = FORMAT_VERSION) -> Path:
-    path = directory / f"step-{step:08d}"
-    path.mkdir(parents=True)
-    entries = []
-    for rank in range(2):
-        value = torch.arange(4.0) + 10 * rank + step
-        state = {f"p{rank}": value, f"p{rank}::exp_avg": value / 2, f"p{rank}::exp_avg_sq": value**2}
-        file = path / f"state-{rank:05d}-of-00002.safetensors"
-        save_file(state, file)
-        entries.append(file_entry(file))
-    progress = {"step": step, "tokens_seen": 1000 * step, "controllers": {"best": [-3.5, step]}}
-    commit(path, {"format_version": version, **progress}, entries)
-    return path
-
-
-def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, 7)
-    assert newest_whole(tmp_path) == path
-    assert damage(path) is None
-    assert read_progress(path) == Progress(7, 7000, {"best": [-3.5, 7]})
-    states = read_states(path)
-    assert sorted(states) == ["p0", "p1"]
-    wanted = torch.arange(4.0) + 17
-    assert states["p1"].name == "p1"
-    assert torch.equal(states["p1"].weight, wanted)
-    assert states["p1"].slots.keys() == {"exp_avg", "exp_avg_sq"}
-    assert torch.equal(states["p1"].slots["exp_avg"], wanted / 2)
-    assert torch.equal(states["p1"].slots["exp_avg_sq"], wanted**2)
-
-
-def test_a_checkpoint_of_another_version_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="format version 1; this vae_dist reads 2"):
-        read_progress(write_checkpoint(tmp_path, 7, version=1))
-
-
-def test_the_newest_is_the_one_with_the_most_steps(tmp_path: Path) -> None:
-    for step in (30, 4, 100, 9):
-        write_checkpoint(tmp_path, step)
-    assert newest_whole(tmp_path) == tmp_path / "step-00000100"
-    retain(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030", "step-00000100"]
-
-
-STATE = "state-00001-of-00002.safetensors"
-CHECKPOINT_DAMAGES = {
-    "no manifest": (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
-    "truncated file": (lambda p: truncate(p / STATE), f"{STATE} has .* bytes, not"),
-    "flipped byte": (lambda p: flip(p / STATE, -3), f"{STATE} does not match its hash"),
-    "flipped progress": (lambda p: flip(p / "state.json", -2), "state.json does not match its hash"),
-    "missing file": (lambda p: (p / STATE).unlink(), f"{STATE} is missing"),
-    "missing progress": (lambda p: (p / "state.json").unlink(), "state.json is missing"),
-    "truncated manifest": (lambda p: truncate(p / "manifest.json"), "manifest.json is not readable"),
-    "empty manifest": (lambda p: (p / "manifest.json").write_text(""), "manifest.json is not readable"),
-    "manifest of something else": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json is not readable"),
-    "files is a number": (lambda p: (p / "manifest.json").write_text('{"files": 3}'), "manifest.json is not readable"),
-    "nameless file": (lambda p: (p / "manifest.json").write_text('{"files": [{}]}'), "manifest.json is not readable"),
-    "not text": (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe{}"), "manifest.json is not readable"),
-}
-
-
-@pytest.mark.parametrize("name", CHECKPOINT_DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    older, newer = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 20)
-    harm, problem = CHECKPOINT_DAMAGES[name]
-    harm(newer)
-    with caplog.at_level(logging.WARNING):
-        assert newest_whole(tmp_path) == older
-    assert str(newer) in caplog.text
-    found = damage(newer)
-    assert found is not None
-    assert re.search(problem, found)
-
-
-def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path / "checkpoints") is None
-    assert newest_whole(tmp_path) is None
-    (tmp_path / "step-00000010").mkdir()
-    (tmp_path / "step-00000011").touch()
-    assert newest_whole(tmp_path) is None
-
-
-def test_the_manifest_is_the_commit_point(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, 10)
-    shutil.move(path / "manifest.json", path / "manifest.json.tmp")
-    assert newest_whole(tmp_path) is None
-
-
-def test_unreadable_state_names_the_file(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, 10)
-    (path / STATE).write_bytes(b"no safetensors")
-    with pytest.raises(CheckpointError, match=f"{STATE} is not readable"):
-        read_states(path)

@@ -148,7 +148,7 @@ def test_damage_drawn_by_seed(target: Target) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(300)
 def test_much_damage_drawn_by_seed(target: Target) -> None:
-    for seed in range(1, 5):
+    for seed in (1, 2):
         assert fuzz(target, seed, 30) > 100
 
 

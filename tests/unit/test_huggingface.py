@@ -122,12 +122,17 @@ def test_stepping_equals_teacher_forcing(checkpoints: dict[str, Path], kind: str
     vae = make_vae(decoder=part(checkpoints[kind]), injection=injection)
     batch, z_BD = make_batch([7, 4, 1]), torch.randn(3, 5)
     rec_B = vae(batch, RNG, z=z_BD).rec_KB[0].double()
-    state, token_B, nll_B = vae.decoder.start(z_BD, 7), torch.full((3,), BOS_ID), torch.zeros(3).double()
-    for position in range(7):
-        logits_BV, state = vae.step(token_B, z_BD, state, position)
-        token_B = batch.tokens_BT[:, position]
-        loss_B = F.cross_entropy(logits_BV.double(), token_B, reduction="none")
-        nll_B += torch.where(position < batch.lengths_B, loss_B, 0.0)
+    state, nll_B = vae.decoder.new_state(3, 7), torch.zeros(3).double()
+    # Rows begin at different times.
+    for time in range(vae.decoder.first_position, 11):
+        position_B = torch.tensor([time, time - 3, time - 1]).clamp(vae.decoder.first_position, 7)
+        before_B = (position_B - 1).clamp(min=0)[:, None]
+        token_B = torch.where(position_B > 0, batch.tokens_BT.gather(1, before_B)[:, 0], BOS_ID)
+        logits_BV = vae.step(token_B, z_BD, state, position_B.clamp(max=6), 7)
+        target_B = batch.tokens_BT.gather(1, position_B.clamp(0, 6)[:, None])[:, 0]
+        loss_B = F.cross_entropy(logits_BV.double(), target_B, reduction="none")
+        written_B = (time >= torch.tensor([0, 3, 1])) & (position_B < batch.lengths_B)
+        nll_B += torch.where(written_B, loss_B, 0.0)
     torch.testing.assert_close(rec_B, nll_B, atol=1e-4, rtol=1e-5)
 
 
@@ -137,10 +142,10 @@ def test_stepping_with_a_latent_for_every_token_equals_teacher_forcing(checkpoin
     batch, z_BTD = make_batch([6, 6]), torch.randn(2, 6, 5)
     x_BTE = vae.embedding(F.pad(batch.tokens_BT[:, :-1], (1, 0), value=BOS_ID))
     expected = vae.decoder(x_BTE, z_BTD, batch.lengths_B)
-    state, hidden = vae.decoder.start(z_BTD[:, 0], 6), []
+    state, hidden = vae.decoder.new_state(2, 6), []
     for position in range(6):
-        h_BW, state = vae.decoder.step(x_BTE[:, position], z_BTD[:, position], state, position)
-        hidden.append(h_BW)
+        position_B = torch.full((2,), position)
+        hidden.append(vae.decoder.step(x_BTE[:, position], z_BTD[:, position], state, position_B, 6))
     torch.testing.assert_close(torch.stack(hidden, 1), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -286,6 +291,6 @@ def test_sequences_beyond_the_models_positions_are_refused(checkpoints: dict[str
             require_positions(config, tokens)
     vae = make_vae(encoder=part(checkpoints["bert"]), decoder=part(checkpoints["gpt2"]), injection="memory")
     with pytest.raises(ConfigError, match=r"model\.decoder, which has 24"):
-        vae.decoder.start(torch.zeros(1, 5), POSITIONS)
+        vae.decoder.new_state(1, POSITIONS)
     with pytest.raises(ConfigError, match=r"model\.encoder, which has 24"):
         vae(make_batch([POSITIONS + 1]), RNG)

@@ -37,7 +37,8 @@ from vae_dist.config.model_schema import HuggingFaceConfig, ModelConfig
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.text.special_ids import BOS_ID, EOS_ID
 from vae_dist.data.text.tokenizer import build_tokenizer
-from vae_dist.decode.generate import Decoding, generate
+from vae_dist.decode.engine import generate
+from vae_dist.decode.request import Decoding
 from vae_dist.errors import ConfigError, DataError, MachineError
 from vae_dist.export.model_dir import load_model, write_model
 from vae_dist.model.huggingface_checkpoint import start_from_checkpoints, with_architectures, without_checkpoints

@@ -19,9 +19,9 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 LAYERS = [
     {"config", "errors"},
     {"data", "model", "objective", "observe"},
-    {"evaluate", "decode", "export"},
+    {"evaluate", "decode", "export", "estimate"},
     {"engine"},
-    {"cli", "train", "launch", "serve", "table", "doctor", "__main__", "__init__"},
+    {"cli", "train", "launch", "serve", "table", "doctor", "plan_command", "__main__", "__init__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
@@ -117,7 +117,7 @@ def run_python(code: str, folder: Path, **environment: str) -> str:
 
 LIGHT = [
     "vae_kernels", "vae_dist.model.vae", "vae_dist.objective.elbo", "vae_dist.decode.latent_ops",
-    "vae_dist.evaluate.likelihood", "vae_dist.export.model_dir",
+    "vae_dist.evaluate.likelihood", "vae_dist.export.model_dir", "vae_dist.estimate.view",
 ]  # fmt: skip
 
 

@@ -14,8 +14,10 @@ from vae_dist.config.model_schema import LstmConfig, ModelConfig, VmfConfig
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.text.special_ids import EOS_ID
 from vae_dist.data.text.tokenizer import build_tokenizer
-from vae_dist.decode.generate import Decoding, prior_latents
-from vae_dist.decode.latent_ops import TextModel, slerp
+from vae_dist.decode.latent_moves import slerp
+from vae_dist.decode.latent_ops import TextModel
+from vae_dist.decode.prior import prior_latents
+from vae_dist.decode.request import Decoding
 from vae_dist.errors import DataError
 from vae_dist.model.vae import TextVAE
 
@@ -70,11 +72,8 @@ def test_latents_on_the_sphere_stay_on_it(latent: str) -> None:
     torch.testing.assert_close(z.norm(dim=-1), torch.ones(z.shape[:-1]))
     with pytest.raises(DataError, match="off the sphere"):
         prior_latents(model.vae, [0], 12, scale=0.5)
-    seen: list[torch.Tensor] = []
-    start = model.vae.decoder.step
-    model.vae.decoder.step = lambda x, z, *rest: (seen.append(z), start(x, z, *rest))[1]
-    model.interpolate("w01 w02 w03", "w04", 4, "linear", 0, GREEDY)
-    norms = torch.stack(seen).norm(dim=-1)
+    _t, requests = model.interpolate_requests(*model.encode(["w01 w02 w03", "w04"]), 4, "linear", 0, GREEDY)
+    norms = torch.cat([request.z.norm(dim=-1).flatten() for request in requests])
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 

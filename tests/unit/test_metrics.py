@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from disks import disk
 
 from vae_dist.observe.metrics import FILE, MetricsWriter, read_metrics
 from vae_dist.observe.progress import format_record, format_seconds
@@ -58,6 +59,28 @@ def test_a_line_that_is_whole_but_for_its_end_is_torn_too(tmp_path: Path) -> Non
     assert [r["step"] for r in read_metrics(tmp_path)] == [1]
 
 
+def test_records_wait_while_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with disk(tmp_path / "disk", 4) as storage:
+        writer = MetricsWriter(storage.path, 0)
+        writer.write("train", 1, {"loss": 1.0})
+        writer._board.flush()
+        storage.fill()
+        for step in (2, 3):
+            writer.write("train", step, {"loss": float(step), "long": "x" * 5000})
+        assert [r["step"] for r in read_metrics(storage.path)] == [1]
+        with pytest.raises(OSError, match="No space left"):
+            writer._write_lines()
+        storage.free()
+        writer.write("train", 4, {"loss": 4.0})
+        assert [r["step"] for r in read_metrics(storage.path)] == [1, 2, 3, 4]
+        writer.close()
+        board = EventAccumulator(str(storage.path / "tensorboard")).Reload()
+        assert [e.step for e in board.Scalars("train/loss")][-1] == 4
+    assert caplog.text.count("metrics wait in memory") == 1 and "No space left" in caplog.text
+
+
 def test_numbers_go_to_tensorboard_under_their_kind(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -107,8 +130,10 @@ def test_lines_state_every_number_with_its_unit() -> None:
     assert format_record(VALID, 900) == (
         "valid    50/900  ELBO   -80.00  rec   78.00  KL   2.00 nats/seq  active  32  PPL 102.5  MI 1.99 nats"
     )
-    checkpoint = {"kind": "checkpoint", "step": 60, "path": "runs/a/checkpoints/step-00000060", "seconds": 1.26}
-    assert format_record(checkpoint, 900) == "saved    60/900  runs/a/checkpoints/step-00000060 (1.3 s)"
+    checkpoint = {"kind": "checkpoint", "step": 60, "path": "runs/a/checkpoints/step-00000060"}
+    times = {"seconds": 1.26, "blocked_seconds": 0.021}
+    line = "saved    60/900  runs/a/checkpoints/step-00000060 (1.3 s, stall 0.02 s)"
+    assert format_record(checkpoint | times, 900) == line
     assert format_record({"kind": "event", "step": 0, "message": "resumed"}, 900) == "      resumed"
     assert format_record({"kind": "else", "step": 0}, 900) is None
 

@@ -67,12 +67,13 @@ def teacher_forced_logits(vae: TextVAE, batch: Batch, z_BD: torch.Tensor) -> tor
 
 def incremental_logits(vae: TextVAE, batch: Batch, z_BD: torch.Tensor) -> torch.Tensor:
     token_B = torch.full((len(z_BD),), BOS_ID)
-    state: object = vae.decoder.start(z_BD, batch.tokens_BT.shape[1])
-    steps = []
-    for position in range(batch.tokens_BT.shape[1]):
-        logits_BV, state = vae.step(token_B, z_BD, state, position)
-        steps.append(logits_BV)
-        token_B = batch.tokens_BT[:, position]
+    count, length = batch.tokens_BT.shape
+    state, steps = vae.decoder.new_state(count, length), []
+    for position in range(vae.decoder.first_position, length):
+        logits_BV = vae.step(token_B, z_BD, state, torch.full((count,), position), length)
+        if position >= 0:
+            steps.append(logits_BV)
+            token_B = batch.tokens_BT[:, position]
     return torch.stack(steps, dim=1)
 
 

@@ -60,3 +60,5 @@ def test_wheel_holds_the_two_packages_and_nothing_else(tmp_path: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"vae_dist", "vae_kernels"}, tops
     assert "vae_dist/observe/report.html.jinja" in names and "vae_kernels/py.typed" in names
+    page = {f"vae_dist/serve/explorer/{p.name}" for p in (ROOT / "vae_dist/serve/explorer").iterdir()}
+    assert page and page <= set(names)

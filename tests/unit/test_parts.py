@@ -94,12 +94,18 @@ def equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @torch.no_grad()
 def test_step_by_step_is_teacher_forcing(kind: str, changes: dict[str, Any]) -> None:
     decoder, x_BTE, z = make_decoder(kind, **changes), random(3, 7, E), latents(3, 7, **changes)
-    state, hidden = decoder.start(z, 7), []
-    for position in range(7):
-        z_BD = z[:, position] if z.dim() == 3 else z
-        h_BH, state = decoder.step(x_BTE[:, position], z_BD, state, position)
-        hidden.append(h_BH)
-    equal(torch.stack(hidden, dim=1), decoder(x_BTE, z, torch.tensor([7, 7, 7])))
+    hidden = torch.full((3, 7, decoder.output_dim), torch.nan, dtype=torch.float64)
+    # Rows begin at different times, in a state where others were before, and end at different times.
+    state = [part.normal_() for part in decoder.new_state(3, 7)]
+    for time in range(decoder.first_position, 11):
+        due_B = time - torch.tensor([0, 3, 1])
+        position_B = due_B.clamp(decoder.first_position, 6)
+        row, real_B = torch.arange(3), position_B.clamp(min=0)
+        z_BD = z[row, real_B] if z.dim() == 3 else z
+        h_BH = decoder.step(x_BTE[row, real_B], z_BD, state, position_B, int(position_B.max()) + 1)
+        written_B = (due_B >= 0) & (due_B < 7)
+        hidden[row[written_B], real_B[written_B]] = h_BH[written_B]
+    equal(hidden, decoder(x_BTE, z, torch.tensor([7, 7, 7])))
 
 
 @pytest.mark.parametrize(("kind", "changes"), DECODERS, ids=name_of)

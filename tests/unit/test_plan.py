@@ -138,6 +138,21 @@ def test_another_configuration_is_refused_and_its_differences_named(dataset: Dat
     assert str(tmp_path / "mine") in message
 
 
+def test_a_run_does_not_begin_again_because_its_checkpoints_are_looked_for_elsewhere(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    here = [f"run.storage={tmp_path}", "run.name=here"]
+    there = [f"run.storage={tmp_path}", "run.name=there"]
+    store = "run.checkpoint_url=s3://key:secret@bucket/ours"
+    claim_run_dir(plan(dataset, *here), {})
+    claim_run_dir(plan(dataset, *there, f"{store}?region=a"), {})
+    claim_run_dir(plan(dataset, *there, "run.checkpoint_url=s3://other:user@bucket/ours/?region=b"), {})
+    assert "secret" not in (tmp_path / "there/run.json").read_text(encoding="utf-8")
+    for changed in ([*here, store], there, [*there, "run.checkpoint_url=s3://bucket/theirs"]):
+        with pytest.raises(CheckpointError, match=r"keeps its checkpoints in (its directory|s3://bucket/ours), and"):
+            claim_run_dir(plan(dataset, *changed), {})
+
+
 def test_other_data_is_refused_and_named(dataset: Dataset, tmp_path: Path) -> None:
     named = [f"run.storage={tmp_path}", "run.name=mine"]
     claim_run_dir(plan(dataset, *named), {})

@@ -57,12 +57,12 @@ def write_corpus(path: Path, size: int, seed: int) -> int:
     ],
 )
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, deduplicate: str, allowed: int) -> None:
-    """The large corpus is twenty times what memory may grow by."""
+    """The large corpus is ten or more times what memory may grow by."""
     from vae_dist.config.schema import PrepareConfig
     from vae_dist.data.prepare.prepare import train_tokenizer
 
     write_corpus(tmp_path / "small.txt", 48 * MIB, seed=1)
-    lines = write_corpus(tmp_path / "large.txt", 20 * allowed, seed=1)
+    lines = write_corpus(tmp_path / "large.txt", 160 * MIB, seed=1)
     whole = {"valid_fraction": 0.0, "test_fraction": 0.0}
     tokenizer = train_tokenizer(str(tmp_path / "words.txt"), PrepareConfig(tokenizer="word", **whole), tmp_path)
     tokenizer.save(tmp_path / "tokenizer.json")

@@ -23,7 +23,8 @@ from support import wait_for
 from vae_dist.data.store import filesystem as filesystem_module
 from vae_dist.data.store.filesystem import resolve
 from vae_dist.data.store.range_cache import RangeCache
-from vae_dist.data.store.ranges import RangeReader, RetryPolicy
+from vae_dist.data.store.ranges import RangeReader
+from vae_dist.data.store.retry import RetryPolicy
 from vae_dist.errors import DataError
 
 CONTENT = np.random.default_rng(0).bytes(10_000)
@@ -203,7 +204,7 @@ def test_delays_grow_are_random_and_end(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_each_retry_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "vae_dist.data.store.ranges")
+    caplog.set_level(logging.DEBUG, "vae_dist.data.store.retry")
     ScriptedStore(*[fail(OSError("reset by peer"))] * 3).reader().read("a.tar", 0, 9, "v")
     assert [r.levelname for r in caplog.records] == ["WARNING", "DEBUG", "DEBUG"]
     assert all("bucket/a.tar, from byte 0 on" in m and "reset by peer" in m for m in caplog.messages)

@@ -10,6 +10,7 @@ import pytest
 from support import ROOT
 
 from vae_dist.table.jobs import load_table
+from vae_dist.table.make import page
 from vae_dist.table.results import Results
 
 TABLES = sorted((ROOT / "configs/results").glob("*.table.yaml"))
@@ -24,6 +25,15 @@ def test_a_shipped_table_resolves_and_its_results_are_its_own(path: Path, monkey
         row = results.find(job)
         if row is not None:
             assert results.changes(job, row) == [], job.label
+
+
+@pytest.mark.parametrize("name", ["coco"])
+def test_a_page_of_texts_is_that_of_the_results(name: str) -> None:
+    table = load_table(ROOT / f"configs/results/{name}.table.yaml")
+    results = Results(table)
+    found = [(job, row) for job in table.jobs if (row := results.find(job))]
+    _, _, rest = (ROOT / f"configs/results/{name}.md").read_text(encoding="utf-8").partition("\n\n")
+    assert rest == page(table, found, results) + "\n"
 
 
 def rows_of(table: str) -> list[dict]:

@@ -92,6 +92,11 @@ def _batch_problems(config: Config) -> list[str]:
     if config.cluster.workers is not None:
         problem = worker_problem(config.cluster.workers, streams)
         problems += [problem] if problem else []
+        if config.cluster.min_workers and config.cluster.min_workers > config.cluster.workers:
+            problems.append(
+                f"cluster.min_workers = {config.cluster.min_workers} is more than cluster.workers = "
+                f"{config.cluster.workers}. Lower it to that or less."
+            )
     return problems
 
 
@@ -107,6 +112,14 @@ def _length_problems(config: Config) -> list[str]:
 
 
 def _storage_problems(config: Config) -> list[str]:
-    if "://" not in config.run.storage:
-        return []
-    return [f"run.storage = {config.run.storage} is a URL; runs need a file system. Mount it, or give a directory."]
+    problems, url = [], config.run.checkpoint_url
+    if "://" in config.run.storage:
+        problems.append(
+            f"run.storage = {config.run.storage} is a URL; runs need a file system. Mount it, or give a directory."
+        )
+    if url is not None and ("://" not in url or (url.startswith("file://") and not url.startswith("file:///"))):
+        problems.append(
+            f"run.checkpoint_url = {url!r} is no whole URL. Give one such as s3://bucket/folder, or file:///folder for "
+            "a directory that all nodes share; null keeps checkpoints in the run directory."
+        )
+    return problems

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vae_dist.config.checks import cross_field_problems
+from vae_dist.config.credentials import without_credentials
 from vae_dist.config.schema import Config
 from vae_dist.errors import ConfigError
 
@@ -45,14 +46,22 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     origin = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
         _apply_override(tree, override, origin)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_list_problems([_describe(e, tree, origin) for e in error.errors()])) from None
+    config = _validate(Config, tree, origin)
     problems = cross_field_problems(config)
     if problems:
         raise ConfigError(_list_problems(problems))
     return config
+
+
+def load_section(section: type[SectionT], path: Path | None, given: dict[str, Any]) -> SectionT:
+    """One section that is a YAML file of its own; `given` values, such as command-line flags, come before the file's.
+
+    Raises:
+        ConfigError: all problems found, as `load_config` tells them.
+    """
+    tree, lines = _read_yaml(path) if path is not None else ({}, {})
+    origin = {key: f"{path}:{line}" for key, line in lines.items()} | {(key,): "command line" for key in given}
+    return _validate(section, tree | given, origin)
 
 
 def validate_section(section: type[SectionT], values: dict[str, Any]) -> SectionT:
@@ -68,9 +77,16 @@ def validate_section(section: type[SectionT], values: dict[str, Any]) -> Section
         raise ConfigError(_list_problems(problems)) from None
 
 
+def _validate(section: type[SectionT], tree: dict[str, Any], origin: dict[KeyPath, str]) -> SectionT:
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_list_problems([_describe(e, section, tree, origin) for e in error.errors()])) from None
+
+
 def dump_yaml(config: BaseModel) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML that `load_config` reads back to an equal one, but for credentials in URLs."""
+    return without_credentials(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def canonical_json(value: BaseModel | dict[str, Any]) -> str:
@@ -127,14 +143,14 @@ def _apply_override(tree: dict[str, Any], override: str, origin: dict[KeyPath, s
     origin[keys] = f"override {override!r}"
 
 
-def _describe(error: Any, tree: dict[str, Any], origin: dict[KeyPath, str]) -> str:
+def _describe(error: Any, section: type[BaseModel], tree: dict[str, Any], origin: dict[KeyPath, str]) -> str:
     # pydantic names the chosen variant of a union in the location ("encoder", "lstm", "hidden_dim").
     keys = tuple(str(part) for part in error["loc"])
     written = _written_path(keys, tree)
     where = _origin_of(written, origin)
     name = ".".join(written)
     if error["type"] == "extra_forbidden":
-        siblings = _fields_beside(keys)
+        siblings = _fields_beside(section, keys)
         near = difflib.get_close_matches(keys[-1], siblings, n=1, cutoff=0.5)
         fix = f"Did you mean {near[0]!r}?" if near else f"Known keys here: {', '.join(siblings)}."
         return f"{where}: unknown key {name!r}. {fix}"
@@ -167,9 +183,8 @@ def _kinds(section: type[BaseModel]) -> set[str]:
     return own.union(*(_kinds(part) for part in parts))
 
 
-def _fields_beside(keys: KeyPath) -> list[str]:
-    """Field names of the section that the last key of the path was written in."""
-    section: type[BaseModel] = Config
+def _fields_beside(section: type[BaseModel], keys: KeyPath) -> list[str]:
+    """Field names of the part of a section that the last key of the path was written in."""
     for key in keys[:-1]:
         if key in section.model_fields:
             options = _sections_in(section.model_fields[key].annotation)

@@ -183,5 +183,10 @@ class OptimizerConfig(Section):
     """Decoupled weight decay on matrices (not on biases, norms and embeddings)."""
     gradient_clip_norm: NonNegativeFloat = 5.0
     """Global norm at which the gradient of the per-sequence loss is clipped; 0 is off."""
+    skip_above_median: Annotated[float, Field(gt=1.0)] | None = None
+    """Leave out an update whose gradient norm is above so many times the median of the last 128; null: only one that
+    is not finite."""
+    skip_budget: NonNegative = 10
+    """More updates left out between two checkpoints end the run."""
     average_decay: Share = 0.0
     """Validate and export an exponential moving average of the weights with this decay a step; 0 is off."""

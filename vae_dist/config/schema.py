@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from vae_dist.config.model_schema import ModelConfig
 from vae_dist.config.objective_schema import ObjectiveConfig, OptimizerConfig
 from vae_dist.config.recipes import RECIPES
-from vae_dist.config.section import Fraction, Name, NonNegative, Positive, Section
+from vae_dist.config.section import Fraction, Name, NonNegative, Positive, PositiveFloat, Section
 
 
 class PrepareConfig(Section):
@@ -157,6 +157,27 @@ class RunConfig(Section):
     """Steps between checkpoints; null: about ten in the run."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept."""
+    checkpoint_url: str | None = None
+    """Keep checkpoints in an object store (s3://bucket/folder; a folder a run), for nodes that share no file system;
+    null: in the run directory."""
+    ledger: bool = False
+    """Write which sequences each step was made with: position in the run's order and hash of the tokens, a file a rank
+    in `ledger/`."""
+    unwritten_checkpoints: Positive = 3
+    """So many checkpoints in a row that the storage does not take end the run; fewer are told, and training goes on."""
+    peak_flops: PositiveFloat | None = None
+    """Peak FLOP/s of a worker's device, for the MFU; null: the data sheet's of a GPU that the estimates know, else the
+    MFU is left out."""
+    sinks: list[Literal["wandb", "mlflow"]] = Field(default_factory=list)
+    """Where the numbers go, too: Weights & Biases, MLflow; each needs its package and its own settings."""
+    trace_steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    """First and last step of which every rank writes its spans into trace/, for Perfetto; null: none."""
+    trace_profiler: bool = False
+    """In those steps torch.profiler, too, and on GPUs a snapshot of the memory; they take longer then."""
+    straggler_factor: Annotated[float, Field(gt=1.0)] = 1.5
+    """A rank that takes so many times the median, by itself and between two log lines, is named."""
+    hang_seconds: PositiveFloat | None = 300.0
+    """A rank that spends longer in one part of a step writes its stacks into hang/ and fails the run; null: none."""
 
 
 class ClusterConfig(Section):
@@ -164,11 +185,31 @@ class ClusterConfig(Section):
 
     workers: Positive | None = None
     """Training workers; null: one per GPU of the cluster, or two where there are none."""
+    min_workers: Positive | None = None
+    """Fewest workers to go on with where the cluster has no room for `workers` (any more); null: `workers` if that is
+    given, else 1. When room comes back, the run takes it."""
+    max_restarts: NonNegative = 3
+    """How often in a row workers are started again that were lost before the run got further than before."""
+    wait_seconds: NonNegative = 600
+    """How long to wait for room when workers or nodes were lost."""
     cpus_per_worker: Positive | None = None
     """CPUs (and threads) of a worker; null: an equal share of a node."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage: 0 nothing sharded (fastest for a model that fits), 1 the optimizer's state,
     2 the gradients too, 3 the parameters too."""
+    overlap_communication: bool = False
+    """Reduce gradients, and at ZeRO-3 gather weights, while the passes go on; takes memory for a second bucket."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory and update there; ZeRO 1 to 3."""
+    offload_parameters: bool = False
+    """Keep the shards of the parameters in host memory; ZeRO-3."""
+    hpz_ranks: Positive = 1
+    """ZeRO++ hpZ, ZeRO-3: backward gathers weights from a second copy, sharded over so many neighbouring ranks, such as
+    those of a node; 1: there is none."""
+    quantized_weights: bool = False
+    """ZeRO++ qwZ, ZeRO-3 on GPUs: weights are gathered in 8 bits."""
+    quantized_gradients: bool = False
+    """ZeRO++ qgZ, ZeRO-3 on GPUs: gradients are reduced in 4 and 8 bits."""
     collective_timeout_seconds: Positive = 600
     """A collective that waits longer fails the run."""
 

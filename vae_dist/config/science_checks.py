@@ -214,6 +214,24 @@ CLASHES: tuple[Clash, ...] = (
         "encoder and decoder take turns, and a sharded optimizer moves all weights. Use cluster.zero_stage=0.",
     ),
     *_clashes(
+        "cluster.zero_stage", _one_of(0),
+        (
+            ("cluster.overlap_communication", _one_of(True), "cluster.overlap_communication=false"),
+            ("cluster.offload_optimizer", _one_of(True), "cluster.offload_optimizer=false"),
+        ),
+        "there gradients are reduced at the end and every rank updates all weights", "cluster.zero_stage=1",
+    ),
+    *_clashes(
+        "cluster.zero_stage", _other_than(3),
+        (
+            ("cluster.offload_parameters", _one_of(True), "cluster.offload_parameters=false"),
+            ("cluster.hpz_ranks", _above(1), "cluster.hpz_ranks=1"),
+            ("cluster.quantized_weights", _one_of(True), "cluster.quantized_weights=false"),
+            ("cluster.quantized_gradients", _one_of(True), "cluster.quantized_gradients=false"),
+        ),
+        "it is about sharded weights", "cluster.zero_stage=3",
+    ),
+    *_clashes(
         "cluster.zero_stage", _one_of(3),
         (
             ("model.encoder.recurrent_dropout", _above(0), "model.encoder.recurrent_dropout=0"),
@@ -230,6 +248,15 @@ def _clash_message(config: Config, clash: Clash) -> str | None:
     if not (clash.first_test(first) and clash.second_test(second)):
         return None
     return f"{clash.first} = {_show(first)} does not go with {clash.second} = {_show(second)}: {clash.remedy}"
+
+
+def with_values(config: Config, changes: dict[str, Any]) -> Config:
+    """The configuration with other values at dotted keys, `section.field`; not validated again."""
+    for key, value in changes.items():
+        section, name = key.split(".")
+        changed = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: changed})
+    return config
 
 
 def value_at(config: Config, key: str) -> Any:

@@ -1,79 +1,76 @@
-"""Text in, text out: sampling, reconstruction and interpolation on a loaded model. CLI, report and server share it."""
+"""Text in, text out on a loaded model: samples, reconstructions, ways through the latent. CLI, report, server share it.
+
+Each has two halves, so that a server can let many share an engine: what is asked of a decoder (`..._requests`), and
+the texts of what it answers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from vae_dist.data.store.sequences import Sequences
-from vae_dist.data.stream.batch import Batch, collate
 from vae_dist.data.text.tokenizer import Tokenizer
-from vae_dist.decode.generate import Decoding, Generated, generate, prior_latents
+from vae_dist.decode.encode import Encoded, encode
+from vae_dist.decode.engine import DecodeEngine, requests_of
+from vae_dist.decode.latent_moves import analogy, between, neighbors, traverse
+from vae_dist.decode.prior import prior_latents
+from vae_dist.decode.request import Decoding, Generated, Request
 from vae_dist.errors import DataError
 from vae_dist.model.vae import TextVAE
+
+# What rounding in a client's JSON may do to a unit vector's length.
+_OFF_SPHERE = 1e-3
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model and its tokenizer, ready for text. `max_tokens` bounds what is encoded and decoded."""
+    """A model and its tokenizer, ready for text. `max_tokens` bounds what is encoded and decoded.
+
+    `dtype` is what the decoder computes in; None is float32, as the model is.
+    """
 
     vae: TextVAE
     tokenizer: Tokenizer
     max_tokens: int
+    dtype: torch.dtype | None = None
+
+    @cached_property
+    def engine(self) -> DecodeEngine:
+        """Decodes for this model, on the caller's thread."""
+        return DecodeEngine(self.vae, self.max_tokens, dtype=self.dtype)
 
     def sample(
         self, count: int, seed: int, decoding: Decoding, prior_scale: float = 1.0
     ) -> tuple[list[str], list[Generated], torch.Tensor]:
         """Texts from the prior; row i is drawn with seed + i, alone or in any company. Also rows and z [n, D]."""
-        seeds = range(seed, seed + count)
-        z = prior_latents(self.vae, seeds, self.max_tokens, prior_scale)
-        rows = generate(self.vae, z, seeds, decoding)
+        requests, z = self.sample_requests(count, seed, decoding, prior_scale)
+        rows = self.engine.run(requests)
         return self.texts(rows), rows, z
-
-    def encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-        """Posterior mean and log-variance [n, D] (or [n, T, D]), and which texts were truncated to `max_tokens`."""
-        _, truncated, mean, logvar = self._encoded(texts)
-        return mean, logvar, truncated
 
     def reconstruct(self, texts: Sequence[str], seed: int, decoding: Decoding) -> tuple[list[str], list[Generated]]:
         """Each text decoded from its posterior mean."""
-        batch, _, mean, _ = self._encoded(texts)
-        rows = generate(self.vae, mean, range(seed, seed + len(texts)), decoding, self._lengths(batch))
+        rows = self.engine.run(self.reconstruct_requests(self.encode(texts), seed, decoding))
         return self.texts(rows), rows
 
     def interpolate(
         self, a: str, b: str, steps: int, path: str, seed: int, decoding: Decoding
     ) -> tuple[list[float], list[str], list[Generated]]:
-        """`steps` points from a's posterior mean (t = 0) to b's (t = 1), along a line or a great circle.
+        """`steps` points from a's posterior mean (t = 0) to b's (t = 1), as `interpolate_requests` has it."""
+        start, end = self.encode([a, b])
+        t, requests = self.interpolate_requests(start, end, steps, path, seed, decoding)
+        rows = self.engine.run(requests)
+        return t, self.texts(rows), rows
 
-        Where every token has a latent each position goes its own way, and one that a text lacks has the other's
-        latent. On the sphere a line is projected onto it.
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Each text's tokens and posterior; a text longer than `max_tokens` keeps its start and its end of sequence.
+
+        Raises:
+            DataError: a text holds no token, or the model has no latent.
         """
-        batch, _, mean, _ = self._encoded([a, b])
-        lengths = self._lengths(batch)
-        starts, ends = (part if self.vae.per_token else part[None] for part in mean)
-        if lengths:
-            position = torch.arange(len(starts), device=mean.device)[:, None]
-            starts, ends = (
-                torch.where(position < lengths[0], starts, ends),
-                torch.where(position < lengths[1], ends, starts),
-            )
-        t = torch.linspace(0.0, 1.0, steps, device=mean.device)
-        between = slerp if path == "slerp" else torch.lerp
-        points = [torch.stack([between(x, y, at) for x, y in zip(starts, ends, strict=True)]) for at in t]
-        z = torch.stack(points) if self.vae.per_token else torch.cat(points)
-        if self.vae.config.posterior.kind == "vmf":
-            z = torch.nn.functional.normalize(z, dim=-1)
-        most = [round((1.0 - at) * lengths[0] + at * lengths[1]) for at in t.tolist()] if lengths else None
-        rows = generate(self.vae, z, [seed] * steps, decoding, most)
-        return t.tolist(), self.texts(rows), rows
-
-    def batch(self, texts: Sequence[str]) -> tuple[Batch, list[bool]]:
-        """Texts as a padded batch; a text longer than `max_tokens` keeps its start and its end of sequence."""
         encoded = self.tokenizer.encode_batch(list(texts))
         truncated = [len(ids) > self.max_tokens for ids in encoded]
         kept = [
@@ -83,71 +80,109 @@ class TextModel:
         for text, ids in zip(texts, kept, strict=True):
             if len(ids) < 2 or not text.strip():
                 raise DataError(f"The text {text!r} holds no token. Give at least one word.")
-        return collate(Sequences.from_list(kept), np.arange(len(kept))).to(self._device), truncated
+        return encode(self.vae, kept, truncated)
+
+    def sample_requests(
+        self, count: int, seed: int, decoding: Decoding, prior_scale: float = 1.0, prior: str | None = None
+    ) -> tuple[list[Request], torch.Tensor]:
+        """Requests for texts from a prior (`prior.prior_latents`), and their z."""
+        seeds = range(seed, seed + count)
+        z = prior_latents(self.vae, seeds, self.max_tokens, prior_scale, prior)
+        return requests_of(z, seeds, decoding), z
+
+    def reconstruct_requests(self, texts: Sequence[Encoded], seed: int, decoding: Decoding) -> list[Request]:
+        """Requests for the texts of posterior means."""
+        return [Request(text.mean, seed + i, decoding) for i, text in enumerate(texts)]
+
+    def interpolate_requests(
+        self, a: Encoded, b: Encoded, steps: int, path: str, seed: int, decoding: Decoding
+    ) -> tuple[list[float], list[Request]]:
+        """`steps` points t, and requests for the texts there, along a line or a great circle.
+
+        Where every token has a latent each position goes its own way, and one that a text lacks has the other's
+        latent. On the sphere a line is projected onto it.
+        """
+        starts, ends = (text.mean if self.vae.per_token else text.mean[None] for text in (a, b))
+        lengths = len(starts), len(ends)
+        starts, ends = torch.cat([starts, ends[lengths[0] :]]), torch.cat([ends, starts[lengths[1] :]])
+        t = torch.linspace(0.0, 1.0, steps, device=starts.device)
+        points = []
+        for at in t:
+            z = torch.stack([between(x, y, at, path, self.is_sphere) for x, y in zip(starts, ends, strict=True)])
+            most = round((1.0 - float(at)) * lengths[0] + float(at) * lengths[1])
+            points.append(z[:most] if self.vae.per_token else z[0])
+        return t.tolist(), [Request(z, seed, decoding) for z in points]
+
+    def neighbor_requests(
+        self, centre: torch.Tensor, radius: float, count: int, seed: int, decoding: Decoding
+    ) -> tuple[torch.Tensor, list[Request]]:
+        """Points at a distance from a latent, [D] or [T, D] (`latent_moves.neighbors`), and their requests."""
+        z = neighbors(centre, radius, count, seed, self.is_sphere)
+        return z, [Request(point, seed + i, decoding) for i, point in enumerate(z)]
+
+    def analogy_request(
+        self, a: Encoded, b: Encoded, c: Encoded, strength: float, seed: int, decoding: Decoding
+    ) -> tuple[torch.Tensor, Request]:
+        """The point that c is to what b is to a (`latent_moves.analogy`), and its request.
+
+        Raises:
+            DataError: every token has a latent.
+        """
+        self.require_one_latent("An analogy")
+        z_D = analogy(a.mean, b.mean, c.mean, strength, self.is_sphere)
+        return z_D, Request(z_D, seed, decoding)
+
+    def traverse_requests(
+        self, text: Encoded, dimension: int, values: list[float], seed: int, decoding: Decoding
+    ) -> tuple[torch.Tensor, list[Request]]:
+        """A text's posterior mean with one dimension at each of the values, [n, D], and the requests.
+
+        Raises:
+            DataError: there is no such dimension, or every token has a latent.
+        """
+        self.require_one_latent("A walk along a dimension")
+        if not 0 <= dimension < self.vae.latent_dim:
+            raise DataError(f"There is no dimension {dimension}: this model's are 0 to {self.vae.latent_dim - 1}.")
+        z_nD = traverse(text.mean, dimension, values, self.is_sphere)
+        return z_nD, [Request(z_D, seed, decoding) for z_D in z_nD]
+
+    def decode_requests(self, latents: Sequence[Sequence[float]], seed: int, decoding: Decoding) -> list[Request]:
+        """Requests for latents that the caller brings, one a text.
+
+        Raises:
+            DataError: one has another size than the model's, is not on the sphere where they must be, or the model
+                wants one for each token.
+        """
+        self.require_one_latent("Decoding a vector")
+        requests = []
+        for number, latent in enumerate(latents):
+            if len(latent) != self.vae.latent_dim:
+                raise DataError(
+                    f"Latent {number} has {len(latent)} dimensions; this model's have {self.vae.latent_dim}."
+                )
+            z_D = torch.tensor(latent, dtype=torch.float32, device=self.vae.output_bias.device)
+            if self.is_sphere and not abs(float(z_D.norm()) - 1.0) < _OFF_SPHERE:
+                raise DataError(
+                    f"Latent {number} has length {float(z_D.norm()):g}; this model's lie on the unit sphere."
+                )
+            requests.append(Request(z_D, seed + number, decoding))
+        return requests
+
+    @property
+    def is_sphere(self) -> bool:
+        """Whether latents lie on the unit sphere."""
+        return self.vae.config.posterior.kind == "vmf"
+
+    def require_one_latent(self, what: str) -> None:
+        """Refuse what has no meaning for other models.
+
+        Raises:
+            DataError: the model has no latent, or one for every token.
+        """
+        if self.vae.encoder is None or self.vae.per_token:
+            found = "no latent" if self.vae.encoder is None else "a latent for every token"
+            raise DataError(f"{what} needs a model with one latent a text; this one has {found}.")
 
     def texts(self, rows: Sequence[Generated]) -> list[str]:
         """Decoded rows as text."""
         return [self.tokenizer.decode(row.tokens) for row in rows]
-
-    def _encoded(self, texts: Sequence[str]) -> tuple[Batch, list[bool], torch.Tensor, torch.Tensor]:
-        """The texts as a batch, which were truncated, and their posterior."""
-        if self.vae.encoder is None:
-            raise DataError(
-                "This model is a plain language model (model.latent = none): it samples, but has no latent to encode "
-                "texts into. Train with model.latent=sequence."
-            )
-        batch, truncated = self.batch(texts)
-        with torch.inference_mode():
-            return batch, truncated, *self.vae.encode(batch)
-
-    def _lengths(self, batch: Batch) -> list[int] | None:
-        """Tokens of each text, which bound what is written where every token has a latent; None elsewhere."""
-        return batch.lengths_B.tolist() if self.vae.per_token else None
-
-    @property
-    def _device(self) -> torch.device:
-        return self.vae.output_bias.device
-
-
-def slerp(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Spherical interpolation of direction with linear interpolation of length.
-
-    A line where there is no one great circle: for parallel vectors and from or to the origin.
-    """
-    length_a, length_b = a.norm(), b.norm()
-    cosine = (a @ b / (length_a * length_b).clamp(min=1e-12)).clamp(-1.0, 1.0)
-    angle = torch.acos(cosine)
-    if float(angle.sin()) < 1e-4 or float(torch.minimum(length_a, length_b)) == 0.0:
-        return torch.lerp(a, b, t)
-    direction = (torch.sin((1 - t) * angle) * a / length_a + torch.sin(t * angle) * b / length_b) / angle.sin()
-    return direction * torch.lerp(length_a, length_b, t)
-
-
-@torch.inference_mode()
-def score_texts(model: TextModel, texts: Sequence[str], rows: Sequence[Generated]) -> list[dict[str, Any]]:
-    """How well each text is understood: from its posterior mean, and against its reconstruction `rows`.
-
-    Returns:
-        per text: truncated; token_accuracy, share of positions where the reconstruction has the text's token;
-        nll_per_token, -log p(x | z = posterior mean) in nats; kl_per_seq in nats.
-    """
-    batch, truncated = model.batch(texts)
-    mean, _ = model.vae.encode(batch)
-    # A KL without a closed form is one draw: the same for a text in any company.
-    batch = replace(batch, sample_id_B=torch.zeros_like(batch.sample_id_B))
-    rng = torch.zeros(2, dtype=torch.int64, device=mean.device)
-    output = model.vae(batch, rng, z=mean)
-    scores = []
-    for number, row in enumerate(rows):
-        length = int(batch.lengths_B[number])
-        given = batch.tokens_BT[number, :length].tolist()
-        same = sum(a == b for a, b in zip(given, row.tokens, strict=False))
-        scores.append(
-            {
-                "truncated": truncated[number],
-                "token_accuracy": same / max(length, len(row.tokens)),
-                "nll_per_token": float(output.rec_KB[0, number]) / length,
-                "kl_per_seq": float(output.latent.kl[number]),
-            }
-        )
-    return scores

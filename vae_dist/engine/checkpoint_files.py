@@ -11,9 +11,9 @@ A directory without a valid manifest is a half-written checkpoint and is never c
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +23,9 @@ from safetensors import SafetensorError, safe_open
 from vae_dist.data.store.shards import hash_file
 from vae_dist.errors import CheckpointError
 
-logger = logging.getLogger(__name__)
-
-
 FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+STATE = "state.json"
 
 
 class NamedState(NamedTuple):
@@ -53,28 +52,9 @@ class Progress(NamedTuple):
     controllers: dict[str, Any]
 
 
-def newest_whole(directory: Path) -> Path | None:
-    """The newest checkpoint whose files match its manifest, or None; logs the ones passed over."""
-    found, passed_over = choose(directory)
-    for note in passed_over:
-        logger.warning(note)
-    return found
-
-
-def choose(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a sentence on each newer one that is not whole."""
-    passed_over: list[str] = []
-    for path in sorted(directory.glob("step-*"), reverse=True):
-        problem = damage(path)
-        if problem is None:
-            return path, passed_over
-        passed_over.append(f"checkpoint {path} is passed over: {problem}")
-    return None, passed_over
-
-
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint directory, or None when every file matches its manifest."""
-    manifest = path / "manifest.json"
+    manifest = path / MANIFEST
     if not manifest.is_file():
         return "it has no manifest.json, so it was never finished"
     try:
@@ -92,24 +72,31 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def file_names(manifest: bytes) -> list[str]:
+    """Names of the files of a manifest; none where it is not readable. They name files of one directory."""
+    try:
+        names = [str(entry["name"]) for entry in json.loads(manifest)["files"]]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if Path(name).name == name]
+
+
 def commit(target: Path, state: dict[str, Any], entries: list[dict[str, Any]]) -> None:
     """Write state.json, then the manifest, which makes the checkpoint one."""
-    (target / "state.json").write_text(json.dumps(state))
-    entries = [*entries, file_entry(target / "state.json")]
+    (target / STATE).write_text(json.dumps(state))
+    entries = [*entries, file_entry(target / STATE)]
     temporary = target / "manifest.json.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump({"files": entries}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, target / "manifest.json")
+    os.replace(temporary, target / MANIFEST)
 
 
-def retain(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` finished checkpoints, and half-written ones."""
-    found = sorted(directory.glob("step-*"), reverse=True)
-    finished = [path for path in found if (path / "manifest.json").is_file()]
-    for path in set(found) - set(finished[:keep]):
-        shutil.rmtree(path, ignore_errors=True)
+def discard(path: Path) -> None:
+    """Delete a checkpoint; its manifest first, so that no half of it passes for a whole."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def file_entry(file: Path) -> dict[str, Any]:
@@ -119,7 +106,7 @@ def file_entry(file: Path) -> dict[str, Any]:
 
 def read_progress(path: Path) -> Progress:
     """The progress a checkpoint was written at."""
-    state = _read_json(path / "state.json")
+    state = _read_json(path / STATE)
     if state["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {state['format_version']}; this vae_dist reads {FORMAT_VERSION}. Finish the "
@@ -132,18 +119,37 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_states(path: Path) -> dict[str, NamedState]:
-    """Every parameter's state by name."""
-    states: dict[str, NamedState] = {}
-    for file in sorted(path.glob("state-*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in sorted(tensors.keys()):
-                    name, _, slot = key.partition("::")
-                    if slot:
-                        states[name].slots[slot] = tensors.get_tensor(key)
-                    else:
-                        states[name] = NamedState(name, tensors.get_tensor(key), {})
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is not readable: {error}. Delete its directory and start again.") from None
-    return states
+class States(Mapping[str, NamedState]):
+    """Every parameter's state by name, read when it is asked for, so that a process holds one at a time.
+
+    Raises:
+        CheckpointError: a file is not readable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # By the manifest: a try on another number of workers may have left files beside.
+        names = sorted(entry["name"] for entry in _read_json(path / MANIFEST)["files"])
+        self._slots: dict[str, list[str]] = {}
+        self._files: dict[str, safe_open] = {}
+        for file in (path / name for name in names if name.endswith(".safetensors")):
+            try:
+                tensors = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{file} is not readable: {error}. Delete its directory and start again."
+                ) from None
+            for key in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                name, _, slot = key.partition("::")
+                self._files[name] = tensors
+                self._slots.setdefault(name, []).extend([slot] if slot else [])
+
+    def __getitem__(self, name: str) -> NamedState:
+        tensors = self._files[name]
+        slots = {slot: tensors.get_tensor(f"{name}::{slot}") for slot in self._slots[name]}
+        return NamedState(name, tensors.get_tensor(name), slots)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from vae_dist.config.credentials import without_hidden
 from vae_dist.config.load import load_config
 from vae_dist.config.model_schema import ModelConfig
 from vae_dist.data.store.dataset import Dataset
-from vae_dist.engine.checkpoint_files import Progress, newest_whole, read_progress, read_states
+from vae_dist.engine.checkpoint_files import Progress, States, read_progress
+from vae_dist.engine.checkpoint_store import newest_whole, open_store
 from vae_dist.errors import ModelError
 from vae_dist.export.model_dir import copy_model, find_model_dir, load_model, write_model
 from vae_dist.model.huggingface_checkpoint import without_checkpoints
@@ -39,13 +41,19 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
 
 
 def _export_checkpoint(run: Path, out: Path) -> None:
-    checkpoint = newest_whole(run / "checkpoints")
+    config = load_config(run / "resolved.yaml")
+    identity = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    dataset = Dataset.open(without_hidden(identity["data_dir"]))
+    url = config.run.checkpoint_url and without_hidden(config.run.checkpoint_url)
+    store = open_store(config.run.model_copy(update={"checkpoint_url": url}), run, identity["result_hash"])
+    checkpoint = newest_whole(store, run / "checkpoints")
     if checkpoint is None:
         raise ModelError(f"{run} has no whole checkpoint to export. Let it run longer.")
-    identity = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    dataset, config = Dataset.open(identity["data_dir"]), load_config(run / "resolved.yaml")
-    weights = {name: state.slots.get("average", state.weight) for name, state in read_states(checkpoint).items()}
-    write_run_model(out, weights, config.model, dataset, run.name, read_progress(checkpoint))
+    try:
+        weights = {name: state.slots.get("average", state.weight) for name, state in States(checkpoint).items()}
+        write_run_model(out, weights, config.model, dataset, run.name, read_progress(checkpoint))
+    finally:
+        store.release(checkpoint)
 
 
 def write_run_model(

@@ -13,28 +13,30 @@ from typing import Any
 import numpy as np
 import torch
 
+from vae_dist.config.credentials import without_credentials
 from vae_dist.config.load import dump_yaml
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.data.store.split import Split, read_all
 from vae_dist.data.stream.training_data import training_split
 from vae_dist.data.text.special_ids import BOS_ID, PAD_ID
-from vae_dist.decode.generate import Decoding
 from vae_dist.decode.latent_ops import TextModel
+from vae_dist.decode.request import Decoding
 from vae_dist.engine.checkpoint_files import Progress
 from vae_dist.engine.export_run import write_run_model
 from vae_dist.engine.loop import Trained
 from vae_dist.engine.plan import RunPlan, next_commands
-from vae_dist.engine.precision import autocast_dtype
 from vae_dist.evaluate.latent import ACTIVE_UNIT_THRESHOLD, variance_of_mean
 from vae_dist.evaluate.likelihood import Scores, summarise, swapped_rec_per_seq
 from vae_dist.evaluate.ngram import KneserNey
 from vae_dist.evaluate.text_metrics import distinct_n, sequence_hashes, verbatim_fraction
 from vae_dist.evaluate.whole import TRAINING_TOKENS
 from vae_dist.export.model_dir import load_model
+from vae_dist.model.precision import autocast_dtype
 from vae_dist.model.vae import count_parameters
 from vae_dist.observe.metrics import read_metrics
 from vae_dist.observe.report import write_report
 from vae_dist.observe.versions import versions
+from vae_dist.observe.wall_time import PARTS
 
 _SHOWN_RECONSTRUCTIONS = 8
 _BATCH_SEQUENCES = 64
@@ -106,17 +108,30 @@ def _compose(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "precision": "bf16" if autocast_dtype(plan.config.train.precision, device) else "fp32",
     }
+    report["wall_time"] = _wall_time(records)
     report["headline"] = {
         "run_dir": str(plan.run_dir),
-        "data_dir": plan.data_dir,
+        "data_dir": without_credentials(plan.data_dir),
         "steps": trained.steps,
         "tokens_seen": trained.tokens_seen,
         "tokens_per_second": statistics.median(speed),
+        "goodput": report["wall_time"]["goodput"],
         "valid": {name: valid[name] for name in HEADLINE_METRICS if name in valid},
         "baselines": baselines,
         "seconds": time.time() - plan.started_at,
     }
     return report
+
+
+def _wall_time(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where it went, by the last record that says so; `mfu` is None where no peak is known."""
+    last = next(r for r in reversed(records) if r["kind"] == "time")
+    mfu = [r["mfu"] for r in records if "mfu" in r]
+    return {
+        **{name: last[name] for name in ("goodput", "wall_seconds", "lost_steps")},
+        "parts": {part: last[f"wall_{part}_seconds"] for part in PARTS},
+        "mfu": statistics.median(mfu) if mfu else None,
+    }
 
 
 def _evaluate(

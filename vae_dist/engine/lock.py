@@ -10,8 +10,17 @@ from pathlib import Path
 
 from vae_dist.errors import RunError
 
+_FILE = ".lock"
 _WAIT_SECONDS = 120
 _POLL_SECONDS = 0.5
+
+
+def forget_writer(run_dir: Path) -> None:
+    """Let others write though a lost process still holds the directory: one on a host that was cut off may live on.
+
+    Only for the driver that knows that its workers were lost: it is theirs that it takes away.
+    """
+    (run_dir / _FILE).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -21,7 +30,7 @@ def only_writer(run_dir: Path) -> Iterator[None]:
     Raises:
         RunError: another process still holds it after two minutes.
     """
-    with open(run_dir / ".lock", "w", encoding="utf-8") as file:
+    with open(run_dir / _FILE, "w", encoding="utf-8") as file:
         deadline = time.monotonic() + _WAIT_SECONDS
         while True:
             try:

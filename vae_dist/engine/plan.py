@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vae_dist.config.credentials import place, without_credentials
 from vae_dist.config.load import canonical_json, dump_yaml
 from vae_dist.config.schema import RESULT_SECTIONS, Config
 from vae_dist.config.science_checks import cycle_problem
@@ -142,6 +143,7 @@ def claim_run_dir(plan: RunPlan, provenance: dict[str, Any]) -> None:
                 f"{plan.run_dir} belongs to another run: {_differences(there, plan)}. Use another run.name (or null, "
                 "which names the run by its configuration), or restore those values to resume it."
             )
+        _require_place(there, plan)
         return
     # resolved.yaml alone is what a claim interrupted half way leaves.
     if plan.run_dir.exists() and any(p.name not in ("resolved.yaml", "run.tmp") for p in plan.run_dir.iterdir()):
@@ -152,7 +154,8 @@ def claim_run_dir(plan: RunPlan, provenance: dict[str, Any]) -> None:
         "result_hash": plan.result_hash,
         "manifest_hash": plan.manifest_hash,
         "result_config": _result_config(plan.config),
-        "data_dir": plan.data_dir,
+        "data_dir": without_credentials(plan.data_dir),
+        "checkpoints": _checkpoints(plan),
         **provenance,
     }
     temporary = record.with_suffix(".tmp")
@@ -160,9 +163,24 @@ def claim_run_dir(plan: RunPlan, provenance: dict[str, Any]) -> None:
     os.replace(temporary, record)
 
 
+def _require_place(there: dict[str, Any], plan: RunPlan) -> None:
+    """Elsewhere there are no checkpoints: the run would begin again, and write over those that it has."""
+    before, now = there.get("checkpoints", _checkpoints(plan)), _checkpoints(plan)
+    if before != now:
+        raise CheckpointError(
+            f"{plan.run_dir} keeps its checkpoints in {before}, and run.checkpoint_url now means {now}. Restore it "
+            "to resume the run, or use another run.name."
+        )
+
+
+def _checkpoints(plan: RunPlan) -> str:
+    url = plan.config.run.checkpoint_url
+    return "its directory" if url is None else place(url)
+
+
 def next_commands(plan: RunPlan) -> list[str]:
     """What a person would do now; absolute paths, fit for a shell."""
-    model, data = shlex.quote(str(plan.run_dir / "model")), shlex.quote(plan.data_dir)
+    model, data = shlex.quote(str(plan.run_dir / "model")), shlex.quote(without_credentials(plan.data_dir))
     split = next(name for name in ("test", "valid", "train") if name in plan.splits)
     interpolate = f"vae-dist interpolate {model} 'Return the number of rows.' 'Raise an error if the file is missing.'"
     return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from vae_dist.config.credentials import without_credentials
 from vae_dist.config.load import dump_yaml
 from vae_dist.config.objective_schema import CapacityControl, MdrControl, OptimizerConfig, PidControl
 from vae_dist.config.schema import Config
@@ -27,7 +28,7 @@ def describe_plan(plan: RunPlan, data: TrainingData) -> dict[str, Any]:
         parameters = count_parameters(TextVAE(config.model, data.datasets[0].tokenizer.vocab_size))
     numbers = {
         "run_dir": str(plan.run_dir),
-        "data_dir": ", ".join(plan.data_dirs),
+        "data_dir": without_credentials(", ".join(plan.data_dirs)),
         "parameters": parameters,
         "steps": plan.total_steps,
         "steps_per_epoch": plan.steps_per_epoch,

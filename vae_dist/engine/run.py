@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -16,28 +14,28 @@ import torch.distributed as dist
 from vae_dist.config.schema import Config
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.data.stream.stream import Stream
-from vae_dist.data.stream.training_data import TrainingData, open_training_data, training_split
-from vae_dist.data.text.tokenizer import Tokenizer
+from vae_dist.data.stream.training_data import TrainingData, training_split
 from vae_dist.engine.average import WeightAverage
-from vae_dist.engine.checkpoint import load_newest, save_checkpoint
+from vae_dist.engine.build import build_objective
+from vae_dist.engine.checkpoint import CheckpointWriter, Written, load_newest
 from vae_dist.engine.checkpoint_files import Progress
 from vae_dist.engine.controllers import Controllers
+from vae_dist.engine.ledger import Ledger
 from vae_dist.engine.plan import RunPlan
-from vae_dist.engine.precision import autocast_dtype
 from vae_dist.engine.step import TrainStep
+from vae_dist.engine.stragglers import Stragglers
+from vae_dist.engine.watchdog import Watchdog
 from vae_dist.engine.window import MetricsWindow
-from vae_dist.engine.zero import build_engine, optimizer_state_elements, require_compiler, restart
-from vae_dist.errors import CheckpointError, MachineError, RunError
+from vae_dist.engine.zero import restart
+from vae_dist.errors import CheckpointError, RunError
 from vae_dist.evaluate.aggregate import fit_sampling_prior
 from vae_dist.evaluate.likelihood import Scores, score_split, summarise
-from vae_dist.model.embedding_vectors import initialise
-from vae_dist.model.huggingface_checkpoint import start_from_checkpoints
-from vae_dist.model.vae import TextVAE, count_parameters
-from vae_dist.objective.elbo import NegativeElbo
 from vae_dist.objective.schedule import is_autoencoder
+from vae_dist.observe.activity import Activity
 from vae_dist.observe.collapse import collapse_warning
 from vae_dist.observe.metrics import MetricsWriter
-from vae_kernels import resolve_backend
+from vae_dist.observe.start_up import StartUp
+from vae_dist.observe.wall_time import WallTime
 
 # Begin again from fresh weights, these stay: what reads text (Li et al. 2019 reset the decoder).
 _KEPT_AT_RESET = ("vae.embedding.", "vae.encoder.", "vae.posterior.")
@@ -49,8 +47,13 @@ class TrainingRun:
 
     Attributes:
         metrics: on rank 0 only.
+        activity: what this rank is doing.
+        wall_time: of the whole run on rank 0; the others' begins with their process.
+        mfu_of_rate: the MFU is this times the tokens per second of all workers; None where no peak is known.
         step: optimizer steps made.
         has_warned: of the collapse that the last validation found.
+        unwritten: checkpoints in a row that could not be written.
+        skipped, skipped_before: updates left out, up to the last look and up to the last checkpoint.
     """
 
     plan: RunPlan
@@ -62,8 +65,18 @@ class TrainingRun:
     stream: Stream
     window: MetricsWindow
     metrics: MetricsWriter | None
+    writer: CheckpointWriter
+    ledger: Ledger | None
+    activity: Activity
+    wall_time: WallTime
+    watchdog: Watchdog | None
+    stragglers: Stragglers
+    mfu_of_rate: float | None
     step: int
     has_warned: bool = False
+    unwritten: int = 0
+    skipped: int = 0
+    skipped_before: int = 0
 
     @property
     def config(self) -> Config:
@@ -75,6 +88,14 @@ class TrainingRun:
         """The data set that is validated on."""
         return self.data.datasets[0]
 
+    def begun(self, start_up: StartUp) -> None:
+        """After the first step of these workers: say what the start of a new run took."""
+        # The first step compiles: no rank is slow for that.
+        self.activity.take_alone_seconds()
+        if self.step == 1 and not self.wall_time.seconds["restart"]:
+            start_up.mark("first step")
+            self._note(start_up.message())
+
     def begin_phase(self) -> None:
         """After the autoencoder phase the optimizer begins anew and, if asked for, all that writes text."""
         fresh: dict[str, torch.Tensor] = {}
@@ -84,13 +105,22 @@ class TrainingRun:
             weights = objective.named_parameters()
             fresh = {name: p.data for name, p in weights if not name.startswith(_KEPT_AT_RESET)}
         restart(self.engine, fresh)
+        self.train_step.skip_rule.restart()
         if self.average:
             self.average.restart()
         self._note("autoencoder phase over" + (", decoder reset" if fresh else ""))
 
     def log(self) -> None:
         """Reduce the window over ranks, check that the loss is finite, write it. Collective."""
-        values = self.window.reduce(self.stream.take_waited_seconds())
+        values, alone_seconds = self.window.reduce(
+            self.stream.take_waited_seconds(), self.activity.take_alone_seconds()
+        )
+        slow, slowest_over_median = self.stragglers.find(alone_seconds)
+        for sentence in slow:
+            self._note(sentence)
+        self._count_skipped()
+        if values is None:
+            return
         self._require_finite(values["elbo_per_seq"])
         last = self.step - 1
         values |= {
@@ -104,6 +134,10 @@ class TrainingRun:
             values["skipped_sequences"] = _sum_over_ranks(self.stream.skipped_sequences)
         if self.config.data.mixture:
             values["mixture"] = self.data.mixture_report(self.step)
+        values["slowest_over_median"] = slowest_over_median
+        if self.mfu_of_rate:
+            values["mfu"] = self.mfu_of_rate * values["tokens_per_second"]
+        values |= self.wall_time.values()
         if self.metrics:
             self.metrics.write("train", self.step, values)
 
@@ -159,25 +193,39 @@ class TrainingRun:
         return self.average.in_place() if self.average else nullcontext()
 
     def save(self, directory: str = "checkpoints", keep: int | None = None) -> None:
-        """Write a checkpoint. Collective."""
-        started = time.monotonic()
+        """Take a checkpoint, which is written while training goes on. Collective.
+
+        Raises:
+            RunError: the loss is not finite, too many updates were left out, or too many checkpoints in a row could
+                not be written.
+        """
         tokens_seen, loss = self.window.totals()
-        # The loss is of the weights before the last update; the gradient's norm tells of the update itself.
-        self._require_finite(loss + (self.train_step.gradient_norm() or 0.0))
-        controllers = self.controllers.state()
+        self._require_finite(loss)
+        self._count_skipped()
+        self.skipped_before = self.skipped
+        controllers = {**self.controllers.state(), "skip": self.train_step.skip_rule.state()}
         if self.average:
             controllers["average_updates"] = self.average.updates
-        path = save_checkpoint(
+        earlier = self.writer.save(
             self.engine,
             self.plan.run_dir / directory,
             Progress(self.step, tokens_seen, controllers),
             keep or self.config.run.keep_checkpoints,
             self.average,
         )
-        if self.metrics:
-            name = str(path.relative_to(self.plan.run_dir))
-            self.metrics.write("checkpoint", self.step, {"path": name, "seconds": time.monotonic() - started})
+        self._count_failures(earlier)
         self.window.skip_time()
+
+    def finish_writing(self) -> None:
+        """Wait for the checkpoints under way. Collective.
+
+        Raises:
+            RunError: the last one could not be written.
+        """
+        written = self.writer.wait()
+        self._count_failures(written)
+        if written and written[-1].problem:
+            self._give_up(written[-1])
 
     def load_best(self) -> None:
         """Go back to the weights of the best validation. Collective.
@@ -185,7 +233,8 @@ class TrainingRun:
         Raises:
             CheckpointError: they are not there any more, or damaged.
         """
-        loaded = load_newest(self.engine, self.plan.run_dir / "best", self.average)
+        self.finish_writing()
+        loaded = load_newest(self.engine, self.writer.store, self.plan.run_dir / "best", self.average)
         if loaded.progress.step != self.controllers.best_step:
             raise CheckpointError(
                 f"{self.plan.run_dir / 'best'} does not hold the weights of the best validation, at step "
@@ -197,7 +246,8 @@ class TrainingRun:
         plateau, aggressive = self.controllers.plateau, self.controllers.aggressive
         is_best = self.controllers.is_new_best(elbo_per_seq, self.step)
         if is_best and (plateau or self.config.evaluate.select == "best"):
-            self.save("best", keep=1)
+            with self.wall_time.part("checkpoint"):
+                self.save("best", keep=1)
         if aggressive and aggressive.turn != "both":
             aggressive.after_validation(mutual_information)
             if aggressive.turn == "both":
@@ -223,6 +273,32 @@ class TrainingRun:
         if self.metrics:
             self.metrics.write("event", self.step, {"message": message})
 
+    def _count_skipped(self) -> None:
+        """Tell of updates that were left out; too many end the run. Waits for the device."""
+        skipped = self.train_step.skip_rule.skipped
+        if skipped > self.skipped:
+            self._note(f"{skipped - self.skipped} updates left out, their gradients not finite or too large")
+        self.skipped = skipped
+        budget, since = self.config.optimizer.skip_budget, skipped - self.skipped_before
+        if since > budget:
+            raise RunError(
+                f"{since} updates were left out since the last checkpoint, up to step {self.step}, because their "
+                f"gradients were not finite or too large (optimizer.skip_budget = {budget}). Lower "
+                "optimizer.learning_rate or optimizer.gradient_clip_norm and train under another run.name."
+            )
+
+    def _count_failures(self, written: list[Written]) -> None:
+        for one in written:
+            self.unwritten = self.unwritten + 1 if one.problem else 0
+            if self.unwritten == self.config.run.unwritten_checkpoints:
+                self._give_up(one)
+
+    def _give_up(self, written: Written) -> None:
+        raise RunError(
+            f"The checkpoint of step {written.step} could not be written to {written.path}: {written.problem}. Make "
+            "room or mend the storage; the same command resumes from the newest whole checkpoint."
+        )
+
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise RunError(
@@ -230,93 +306,6 @@ class TrainingRun:
                 f"{self.plan.run_dir / 'checkpoints'} is from before. Lower optimizer.learning_rate or "
                 "optimizer.gradient_clip_norm and train under another run.name."
             )
-
-
-def start_run(plan: RunPlan, device: torch.device) -> TrainingRun:
-    """Build model and engine, load the newest checkpoint, open the stream. Collective."""
-    config, world_size = plan.config, dist.get_world_size()
-    data = open_training_data(plan.data_dirs, config, workers=world_size)
-    engine, notes = start_engine(config, data.datasets[0].tokenizer, device)
-    decay = config.optimizer.average_decay
-    average = WeightAverage(engine.module, decay) if decay else None
-    controllers = Controllers(config, plan.total_steps)
-    loaded = load_newest(engine, plan.run_dir / "checkpoints", average)
-    controllers.load(loaded.progress.controllers)
-    notes = [*loaded.passed_over, *(notes if loaded.progress.step == 0 else [])]
-    return TrainingRun(
-        plan=plan,
-        engine=engine,
-        train_step=TrainStep(engine, config, plan.total_steps, controllers, average),
-        controllers=controllers,
-        average=average,
-        data=data,
-        stream=data.stream(dist.get_rank(), world_size),
-        window=MetricsWindow(loaded.progress.tokens_seen),
-        metrics=_open_metrics(plan, engine, loaded.progress.step, notes),
-        step=loaded.progress.step,
-    )
-
-
-def start_engine(
-    config: Config, tokenizer: Tokenizer, device: torch.device
-) -> tuple[deepspeed.DeepSpeedEngine, list[str]]:
-    """The model under DeepSpeed, at its start, and what there is to say about that. Collective."""
-    try:
-        resolve_backend(config.train.kernels, torch.empty(0, device=device))
-    except RuntimeError as error:
-        raise MachineError(f"train.kernels = {config.train.kernels}: {error}") from None
-    require_compiler()
-    deepspeed.init_distributed()
-    objective, notes = build_objective(config, tokenizer, device)
-    engine = build_engine(
-        objective, config.optimizer, config.cluster.zero_stage, config.train.batch_sequences, dist.get_world_size()
-    )
-    return engine, notes
-
-
-def build_objective(
-    config: Config, tokenizer: Tokenizer, device: torch.device, seed_offset: int = 0
-) -> tuple[NegativeElbo, list[str]]:
-    """Model and loss, freshly initialised from the run's seed, and what there is to say about that."""
-    torch.manual_seed(config.train.seed + seed_offset)
-    vae = TextVAE(
-        config.model,
-        tokenizer.vocab_size,
-        kernels=config.train.kernels,
-        activation_checkpointing=config.train.activation_checkpointing,
-    )
-    notes = start_from_checkpoints(vae, tokenizer)
-    if config.model.embedding_vectors:
-        vectors = Path(config.model.embedding_vectors)
-        notes.append(f"{vectors.name}: {initialise(vae.embedding.weight, vectors, tokenizer)}")
-    return NegativeElbo(vae, config.objective, autocast_dtype(config.train.precision, device)).to(device), notes
-
-
-def _open_metrics(plan: RunPlan, engine: Any, step: int, notes: list[str]) -> MetricsWriter | None:
-    """Say how the run begins, and what DeepSpeed made of the model on each rank. Collective."""
-    held: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(held, optimizer_state_elements(engine))
-    if dist.get_rank() != 0:
-        return None
-    metrics = MetricsWriter(plan.run_dir, step)
-    for note in notes:
-        metrics.write("event", step, {"message": note})
-    stage = engine.zero_optimization_stage()
-    facts = {
-        "optimizer": type(engine.optimizer).__name__,
-        "zero_stage": stage,
-        "parameters": count_parameters(engine.module),
-        "optimizer_elements_per_rank": held,
-        "precision": "bf16" if engine.module.autocast else "fp32",
-        "kernels": resolve_backend(plan.config.train.kernels, engine.module.vae.output_bias),
-    }
-    where = f"resuming from step {step}" if step else "starting"
-    message = (
-        f"{where}: {facts['parameters']:,} parameters, {len(held)} workers, ZeRO-{stage}, {facts['precision']}, "
-        f"{facts['kernels']} kernels"
-    )
-    metrics.write("event", step, {"message": message, **facts})
-    return metrics
 
 
 def _sum_over_ranks(number: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -12,9 +14,11 @@ from vae_dist.data.stream.batch import Batch, Share, collate, micro_batches
 from vae_dist.data.stream.order import mix
 from vae_dist.engine.average import WeightAverage
 from vae_dist.engine.controllers import Controllers
+from vae_dist.engine.skip import SkipRule
 from vae_dist.engine.zero import set_learning_rate
 from vae_dist.objective.elbo import ElboTerms, loss_scale
 from vae_dist.objective.schedule import beta_at, capacity_at, is_autoencoder, learning_rate_at
+from vae_dist.observe.activity import Activity
 
 # In an aggressive phase a step moves these or the rest (He et al. 2019).
 _ENCODER_SIDE = ("vae.encoder.", "vae.posterior.")
@@ -30,10 +34,15 @@ class TrainStep:
         total_steps: int,
         controllers: Controllers | None = None,
         average: WeightAverage | None = None,
+        activity: Activity | None = None,
     ) -> None:
         self.engine, self.config, self.total_steps = engine, config, total_steps
         self.controllers, self.average = controllers or Controllers(config, total_steps), average
         self.device = next(engine.module.parameters()).device
+        self.skip_rule = SkipRule(engine, config.optimizer.skip_above_median)
+        self.activity = activity or Activity(Path(config.run.storage), dist.get_rank(), self.device)
+        # DeepSpeed calls it at the end of its backward pass.
+        engine.allreduce_gradients = self.activity.span("reduce")(engine.allreduce_gradients)
         self._stage_zero_norm: torch.Tensor | None = None
 
     def batches(self, share: Share, should_stop: bool) -> tuple[list[Batch], bool]:
@@ -43,13 +52,17 @@ class TrainStep:
         """
         batches = micro_batches(share, self.config.train.micro_batch_tokens)
         agreed = torch.tensor([len(batches), int(should_stop)], dtype=torch.int64)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        with self.activity.span("agree"):
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
         empty = collate(share.sequences.take([]), share.sample_id[:0])
         batches += [empty] * (int(agreed[0]) - len(batches))
         return [batch.to(self.device) for batch in batches], bool(agreed[1])
 
     def __call__(self, step: int, batches: list[Batch], real_sequences: int) -> ElboTerms:
-        """Accumulate the gradient of the global batch's loss and update the weights; returns summed terms."""
+        """Accumulate the gradient of the global batch's loss and update the weights.
+
+        Returns summed terms; all zero where the update was left out.
+        """
         engine, train = self.engine, self.config.train
         engine.train()
         set_learning_rate(engine, self.learning_rate(step))
@@ -62,14 +75,19 @@ class TrainStep:
         sums: ElboTerms | None = None
         for number, batch in enumerate(batches):
             engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            loss, terms = engine(batch, rng, beta, scale, self._capacity(step))
-            # The loss is normalised already (see loss_scale).
-            engine.backward(loss, scale_wrt_gas=False)
+            with self.activity.span("forward"):
+                loss, terms = engine(batch, rng, beta, scale, self._capacity(step))
+            with self.activity.span("backward"):
+                # The loss is normalised already (see loss_scale).
+                engine.backward(loss, scale_wrt_gas=False)
             sums = terms if sums is None else sums.plus(terms)
         assert sums is not None
         self._take_turns()
         self._measure_gradient()
-        engine.step()
+        with self.activity.span("optimizer"):
+            left_out = self.skip_rule.step(self._stage_zero_norm)
+        # What was left out was not trained on; its terms may be NaN, which no factor of 0 removes.
+        sums = ElboTerms(*(term.masked_fill(left_out, 0.0) for term in sums))
         if self.average:
             self.average.update()
         self._inform_controllers(step, sums, kl_weight)
@@ -113,6 +131,8 @@ class TrainStep:
         totals = torch.stack([sums.kl, sums.rec, sums.sequences, sums.tokens]).double()
         dist.all_reduce(totals)
         kl, rec, sequences, tokens = totals.tolist()
+        if not sequences:
+            return
         if rate and not is_autoencoder(step, self.total_steps, self.config.objective):
             rate.update(kl / sequences)
         if aggressive:

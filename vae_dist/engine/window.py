@@ -41,18 +41,28 @@ class MetricsWindow:
         """Tokens seen up to now, and the summed loss of the open window (0.0 if it is empty). Collective."""
         if self._sums is None:
             return self.tokens_seen, 0.0
-        sums = _all_reduce(self._sums)
+        sums = ElboTerms(*_all_reduce([*self._sums]))
         return self.tokens_seen + int(sums.tokens), float(sums.rec + sums.kl)
 
-    def reduce(self, data_wait_seconds: float) -> dict[str, Any]:
+    def reduce(self, data_wait_seconds: float, alone_seconds: float) -> tuple[dict[str, Any] | None, list[float]]:
         """Averages over the window and all ranks, by metric name; starts a new window. Collective.
 
         Args:
             data_wait_seconds: how long this rank's steps of the window waited for data.
+            alone_seconds: what this rank took in the window without waiting for others.
+
+        Returns:
+            The averages, None where every update of the window was left out; and every rank's `alone_seconds`.
         """
         assert self._sums is not None, "a window is reduced after a step was added"
-        sums = _all_reduce(self._sums)
+        alone = self._sums.tokens.new_zeros(dist.get_world_size(), dtype=torch.float64)
+        alone[dist.get_rank()] = alone_seconds
+        *reduced, alone = _all_reduce([*self._sums, alone])
+        sums = ElboTerms(*reduced)
         count, rows, tokens = float(sums.sequences), float(sums.rows), int(sums.tokens)
+        if not count:
+            self._sums, self._steps, self._seconds = None, 0, 0.0
+            return None, alone.tolist()
         rec, kl = float(sums.rec) / count, float(sums.kl) / count
         # The variance of the posterior means over this window's latents: active units, live.
         variance = (sums.mean_square - sums.mean.square() / rows) / max(1.0, rows - 1.0)
@@ -71,13 +81,13 @@ class MetricsWindow:
             "tokens_seen": self.tokens_seen,
         }
         self._sums, self._steps, self._seconds = None, 0, 0.0
-        return values
+        return values, alone.tolist()
 
 
-def _all_reduce(sums: ElboTerms) -> ElboTerms:
+def _all_reduce(sums: list[torch.Tensor]) -> list[torch.Tensor]:
     """Sums over ranks, float64 on the host, in one collective."""
     shapes = [t.shape for t in sums]
     flat = torch.cat([t.detach().double().reshape(-1) for t in sums])
     dist.all_reduce(flat)
     parts = flat.cpu().split([shape.numel() for shape in shapes])
-    return ElboTerms(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]

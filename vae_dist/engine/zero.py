@@ -7,12 +7,7 @@ are fp32 at every ZeRO stage, including stage 0, which DeepSpeed's own bf16 mode
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import socket
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -26,31 +21,17 @@ from deepspeed.utils import (
 from torch import nn
 
 from vae_dist.config.objective_schema import OptimizerConfig
+from vae_dist.config.schema import ClusterConfig
 from vae_dist.engine.checkpoint_files import NamedState
 from vae_dist.errors import MachineError
-from vae_dist.model.prior import Prior
+from vae_dist.estimate.memory import BUCKET_ELEMENTS
+from vae_dist.model.parameter_groups import parameter_groups
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def require_compiler() -> None:
-    """DeepSpeed compiles its communication extension when it starts on CPUs; say early what that needs.
-
-    Raises:
-        MachineError: g++ or ninja is not on PATH.
-    """
-    # In a virtual environment that is not activated, ninja lies beside Python and not on PATH.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    for tool, remedy in (("g++", "apt-get install g++"), ("ninja", "pip install ninja, or activate .venv")):
-        if shutil.which(tool) is None:
-            raise MachineError(
-                f"DeepSpeed needs {tool} to compile an extension, and it is not on PATH of {socket.gethostname()}. "
-                f"Run: {remedy}."
-            )
-
-
 def build_engine(
-    module: nn.Module, optimizer: OptimizerConfig, zero_stage: int, batch_sequences: int, world_size: int
+    module: nn.Module, optimizer: OptimizerConfig, cluster: ClusterConfig, batch_sequences: int, world_size: int
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap the objective in a DeepSpeed engine with AdamW or SGD.
 
@@ -66,8 +47,10 @@ def build_engine(
             "train_micro_batch_size_per_gpu": batch_sequences // world_size,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": optimizer.gradient_clip_norm,
-            "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "contiguous_gradients": True},
+            "zero_optimization": _zero_options(cluster, sum(p.numel() for p in module.parameters())),
             "zero_allow_untested_optimizer": True,
+            # torch's fused AdamW runs on processors, too.
+            "zero_force_ds_cpu_optimizer": False,
             "communication_data_type": "fp32",
             "data_types": {"grad_accum_dtype": "fp32"},
             "steps_per_print": 2**31 - 1,
@@ -78,11 +61,37 @@ def build_engine(
     return engine
 
 
+def _zero_options(cluster: ClusterConfig, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's section `zero_optimization`.
+
+    Raises:
+        MachineError: this machine's processors cannot do it.
+    """
+    if (cluster.quantized_weights or cluster.quantized_gradients) and not torch.cuda.is_available():
+        raise MachineError(
+            "cluster.quantized_weights and cluster.quantized_gradients need GPUs: DeepSpeed has their kernels for CUDA "
+            "alone. Set both to false."
+        )
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "stage": cluster.zero_stage,
+        "overlap_comm": cluster.overlap_communication,
+        "contiguous_gradients": True,
+        # Allocated whole whatever the model's size: 2 GB by default.
+        "reduce_bucket_size": min(BUCKET_ELEMENTS, parameters),
+        "zero_hpz_partition_size": cluster.hpz_ranks,
+        "zero_quantized_weights": cluster.quantized_weights,
+        "zero_quantized_gradients": cluster.quantized_gradients,
+        **({"offload_optimizer": host} if cluster.offload_optimizer else {}),
+        **({"offload_param": host} if cluster.offload_parameters else {}),
+    }
+
+
 def _build_optimizer(module: nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    groups = _parameter_groups(module, optimizer.weight_decay)
+    groups = parameter_groups(module, optimizer.weight_decay)
     # DeepSpeed's ZeRO-3 makes a dummy optimizer step while it starts: at learning rate 0 it changes nothing.
     if optimizer.kind == "sgd":
-        return torch.optim.SGD(groups, lr=0.0)
+        return torch.optim.SGD(groups, lr=0.0, fused=True)
     betas = (optimizer.beta1, optimizer.beta2)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optimizer.epsilon, fused=True)
 
@@ -93,32 +102,46 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, learning_rate: float) -
         group["lr"] = learning_rate
 
 
-def named_state(engine: deepspeed.DeepSpeedEngine) -> Iterator[NamedState]:
-    """Every parameter's whole state and every buffer, one at a time. Collective: all ranks iterate together."""
-    for name, parameter in engine.module.named_parameters():
-        slots = {moment: _to_host(_get(engine, parameter, moment)) for moment in _moments(engine, parameter)}
-        if slots:
-            slots["step"] = torch.tensor(_optimizer_step(engine, parameter))
-        yield NamedState(name, _to_host(_get(engine, parameter, None)), slots)
-    for name, buffer in _buffers(engine):
-        yield NamedState(name, _to_host(buffer), {})
+def named_state(engine: deepspeed.DeepSpeedEngine, share: int = 0, shares: int = 1) -> Iterator[NamedState]:
+    """The whole state of every `shares`-th parameter and buffer, from number `share` on, copied to the host.
+
+    Collective where the state is sharded: all ranks iterate together, each with a share of its own.
+    """
+    sharded = engine.zero_optimization_stage() > 0
+    for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+        mine = number % shares == share
+        if not mine and not sharded:
+            continue
+        # Gathered one at a time: no device holds the whole state.
+        slots = {m: _copied(_get(engine, parameter, m), mine) for m in _moments(engine, parameter)}
+        weight = _copied(_get(engine, parameter, None), mine)
+        if mine:
+            if slots:
+                slots["step"] = torch.tensor(_optimizer_step(engine, parameter))
+            yield NamedState(name, weight, slots)
+    for number, (name, buffer) in enumerate(_buffers(engine)):
+        if number % shares == share:
+            yield NamedState(name, _copied(buffer), {})
 
 
 def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """All float32 weights and buffers, unsharded, on the host of every rank. Collective."""
-    weights = {name: _to_host(_get(engine, p, None)).clone() for name, p in engine.module.named_parameters()}
-    return weights | {name: _to_host(b).clone() for name, b in _buffers(engine)}
+    weights = {name: _copied(_get(engine, p, None)) for name, p in engine.module.named_parameters()}
+    return weights | {name: _copied(b) for name, b in _buffers(engine)}
 
 
-def load_state(engine: deepspeed.DeepSpeedEngine, states: dict[str, NamedState]) -> None:
+def load_state(engine: deepspeed.DeepSpeedEngine, states: Mapping[str, NamedState]) -> None:
     """Overwrite weights, buffers and moments with `states`, sharding as the engine's stage and world size ask."""
+    steps: dict[str, float] = {}
     for name, parameter in engine.module.named_parameters():
-        _set(engine, parameter, None, states[name].weight)
+        state = states[name]
+        _set(engine, parameter, None, state.weight)
         for moment in _moments(engine, parameter):
-            _set(engine, parameter, moment, states[name].slots[moment])
+            _set(engine, parameter, moment, state.slots[moment])
+        if "step" in state.slots:
+            steps[name] = float(state.slots["step"])
     for name, buffer in _buffers(engine):
         buffer.copy_(states[name].weight)
-    steps = {name: float(state.slots["step"]) for name, state in states.items() if "step" in state.slots}
     _set_optimizer_steps(engine, steps)
     _refresh_shards(engine)
 
@@ -171,29 +194,14 @@ def _moments(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> tupl
     return _MOMENTS if is_adam and parameter.requires_grad else ()
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().float().cpu()
+def _copied(tensor: torch.Tensor, wanted: bool = True) -> torch.Tensor:
+    """A float32 copy on the host; nothing is copied where it is not wanted."""
+    return tensor.detach().to("cpu", torch.float32, copy=True) if wanted else torch.empty(0)
 
 
 def optimizer_state_elements(engine: deepspeed.DeepSpeedEngine) -> int:
     """Elements of one Adam moment held by this rank: the whole model at stage 0, a shard above."""
     return sum(slot["exp_avg"].numel() for slot in _inner_optimizer(engine).state.values() if "exp_avg" in slot)
-
-
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on the matrices of layers only.
-
-    Embeddings count as biases do, since a rare token must not fade away; so do the means, variances and pseudo-inputs
-    of a prior, which are places and not maps.
-    """
-    spared = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    spared |= {id(p) for m in module.modules() if isinstance(m, Prior) for p in m.parameters(recurse=False)}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in (p for p in module.parameters() if p.requires_grad):
-        (plain if parameter.ndim < 2 or id(parameter) in spared else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
 
 
 def _inner_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:

@@ -26,12 +26,12 @@ from vae_dist.data.stream.batch import Batch, collate
 from vae_dist.data.stream.order import mix, permute
 from vae_dist.data.stream.stream import gather
 from vae_dist.evaluate.latent import MUTUAL_INFORMATION_LATENTS, active_units, kl_per_dim, mutual_information
+from vae_dist.model.importance import draw_importance_samples
 from vae_dist.model.vae import TextVAE, VaeOutput
 
 EVALUATION_STREAM = 2
 _WINDOW_SEQUENCES = 8192
 _BLOCK_SEQUENCES = 256
-_SAMPLES_AT_ONCE = 10
 
 
 @dataclass(frozen=True)
@@ -202,23 +202,13 @@ def _cut(
 def _score_batch(
     vae: TextVAE, numbers: np.ndarray, batch: Batch, seed: int, importance_samples: int, fitted_prior: bool
 ) -> Scores:
-    """Scores of a batch's real sequences; importance samples are drawn a few at a time."""
+    """Scores of a batch's real sequences."""
     # Without a latent all samples are the same.
-    device, wanted = batch.tokens_BT.device, max(1, importance_samples) if vae.latent_dim else 1
-    outputs: list[VaeOutput] = []
-    for chunk, first in enumerate(range(0, wanted, _SAMPLES_AT_ONCE)):
-        # Chunks are of one size and named by the key's second number, so no sample depends on the batch.
-        rng = torch.tensor([seed, chunk], dtype=torch.int64, device=device)
-        samples = min(_SAMPLES_AT_ONCE, wanted - first)
-        output = vae(batch, rng, num_samples=samples, stream=EVALUATION_STREAM, fitted_prior=fitted_prior)
-        keep = output.latent if not outputs else output.latent._replace(z=output.latent.z[:0])
-        outputs.append(output._replace(latent=keep))
-    rec_KB = torch.cat([o.rec_KB for o in outputs]).double()
-    iw_B = torch.full_like(rec_KB[0], math.nan)
-    if importance_samples:
-        log_ratio_KB = torch.cat([o.latent.log_p - o.latent.log_q for o in outputs]).double()
-        iw_B = torch.logsumexp(log_ratio_KB - rec_KB, dim=0) - math.log(wanted)
-    return _scores(vae, numbers, batch, outputs[0], rec_KB.mean(0), iw_B)
+    wanted = max(1, importance_samples) if vae.latent_dim else 1
+    drawn = draw_importance_samples(vae, batch, seed, wanted, stream=EVALUATION_STREAM, fitted_prior=fitted_prior)
+    nothing_B = torch.full_like(drawn.rec_KB[0], math.nan)
+    iw_B = drawn.log_likelihood() if importance_samples else nothing_B
+    return _scores(vae, numbers, batch, drawn.first, drawn.rec_KB.mean(0), iw_B)
 
 
 def _scores(

@@ -15,8 +15,8 @@ import numpy as np
 
 from vae_dist.data.text.special_ids import BOS_ID, EOS_ID, PAD_ID
 from vae_dist.data.text.tokenizer import Tokenizer
-from vae_dist.decode.generate import Decoding
 from vae_dist.decode.latent_ops import TextModel
+from vae_dist.decode.request import Decoding
 from vae_dist.errors import DataError
 from vae_dist.evaluate.ngram import KneserNey, Sequences
 from vae_dist.evaluate.reconstruction import bleu_tokenizer, score_reconstructions
@@ -131,12 +131,11 @@ class _TextEvaluation:
         """The section of that name: from the posterior mean, greedily."""
         model, options, real = self._model, self._options, self._real
         given, rows, texts = [], [], []
+        greedy = self._decoding(temperature=0.0)
         for start in range(0, len(real.texts), options.batch_sequences):
             part = real.texts[start : start + options.batch_sequences]
-            batch, _ = model.batch(part)
-            lengths = batch.lengths_B.tolist()
-            given += [row[:length] for row, length in zip(batch.tokens_BT.tolist(), lengths, strict=True)]
-            some_texts, some_rows, *_ = model.reconstruct(part, options.seed, self._decoding(temperature=0.0))
+            given += [text.ids.tolist() for text in model.encode(part)]
+            some_texts, some_rows = model.reconstruct(part, options.seed, greedy)
             texts += some_texts
             rows += [row.tokens for row in some_rows]
         if not given:

@@ -6,7 +6,9 @@ driver's main thread owns both signals while `fit` runs in another thread.
 
 from __future__ import annotations
 
+import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,22 +17,39 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _POLL_SECONDS = 0.5
 
 
 @ray.remote(num_cpus=0)
 class StopFlag:
-    """A boolean that every worker can read."""
+    """A boolean that every worker can read; it knows on which nodes they are, and what they want to be heard."""
 
     def __init__(self) -> None:
-        self._raised = False
+        self._raised, self._nodes, self._told = False, set[str](), list[str]()
 
-    def set(self) -> None:
+    def put_up(self) -> None:
         self._raised = True
 
-    def is_set(self) -> bool:
+    def is_up(self, node: str) -> bool:
+        """Asked by a worker on `node`."""
+        self._nodes.add(node)
         return self._raised
+
+    def tell(self, message: str) -> None:
+        self._told.append(message)
+
+    def news(self) -> tuple[set[str], list[str]]:
+        """The nodes, and what was told since this was asked last."""
+        told, self._told = self._told, []
+        return self._nodes, told
+
+
+def new_stop_flag() -> Any:
+    """A flag on the driver's own node: it must not go with a node that is lost."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return StopFlag.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 class StopPoller:
@@ -44,13 +63,25 @@ class StopPoller:
         return self._raised
 
     def _poll(self) -> None:
+        node = ray.get_runtime_context().get_node_id()
         while not self._raised:
             try:
-                self._raised = ray.get(self._flag.is_set.remote())
+                self._raised = ray.get(self._flag.is_up.remote(node))
             except ray.exceptions.RayError:
                 # The driver that owns the flag is gone; Ray ends this worker too.
                 return
             time.sleep(_POLL_SECONDS)
+
+
+class ToDriver(logging.Handler):
+    """Passes a worker's warnings to the driver: standard error of a worker is a file that few people open."""
+
+    def __init__(self, flag: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._flag = flag
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._flag.tell.remote(f"warning: {record.getMessage()} (on {socket.gethostname()})")
 
 
 @contextmanager

@@ -40,19 +40,22 @@ class BagOfWordsDecoder(nn.Module):
         super().__init__()
         has_latent = model.latent != "none"
         self.to_hidden = nn.Linear(model.latent_dim, model.embedding_dim, bias=False) if has_latent else None
-        self.output_dim = model.embedding_dim
+        self.output_dim, self.first_position = model.embedding_dim, 0
 
     def forward(self, x_BTE: torch.Tensor, z: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, E] of z [B, D] or [B, T, D]; of `x_BTE` only the shape is used."""
         hidden = self._hidden(z)
         return (hidden[:, None] if z.dim() == 2 else hidden).expand(x_BTE.shape)
 
-    def start(self, z: torch.Tensor, max_tokens: int) -> None:
+    def new_state(self, rows: int, max_tokens: int) -> list[torch.Tensor]:
         """There is no state."""
+        return []
 
-    def step(self, x_BE: torch.Tensor, z_BD: torch.Tensor, state: None, position: int) -> tuple[torch.Tensor, None]:
-        """One token: hidden [B, E] and no state."""
-        return self._hidden(z_BD), None
+    def step(
+        self, x_BE: torch.Tensor, z_BD: torch.Tensor, state: list[torch.Tensor], position_B: torch.Tensor, span: int
+    ) -> torch.Tensor:
+        """One token: hidden [B, E]."""
+        return self._hidden(z_BD)
 
     def _hidden(self, z: torch.Tensor) -> torch.Tensor:
         return z.new_zeros(*z.shape[:-1], self.output_dim) if self.to_hidden is None else self.to_hidden(z)

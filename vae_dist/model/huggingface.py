@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from vae_dist.config.model_schema import HuggingFaceConfig, ModelConfig
-from vae_dist.errors import ConfigError, MachineError
+from vae_dist.errors import ConfigError, MachineError, ModelError
 
 Where = Literal["encoder", "decoder"]
 
@@ -147,6 +147,8 @@ class HuggingFaceDecoder(_Backbone):
         in_input, in_prefix = injection in ("embedding", "both"), injection in ("memory", "both")
         self.to_input = nn.Linear(model.latent_dim, model.embedding_dim, bias=False) if in_input else None
         self.to_prefix = nn.Linear(model.latent_dim, model.embedding_dim) if in_prefix else None
+        self.first_position = -1 if in_prefix else 0
+        self.embedding_dim = model.embedding_dim
 
     def forward(self, x_BTE: torch.Tensor, z: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, W] for z [B, D] or, injected into the embeddings alone, [B, T, D].
@@ -160,24 +162,80 @@ class HuggingFaceDecoder(_Backbone):
         y_BTW: torch.Tensor = self.model(inputs_embeds=x_BTE, use_cache=False).last_hidden_state
         return y_BTW if self.to_prefix is None else y_BTW[:, 1:]
 
-    def start(self, z: torch.Tensor, max_tokens: int) -> Any:
-        """The package's cache of keys and values: of the prefix, or empty. `step` lets it grow in place."""
-        self.require_positions(max_tokens + (self.to_prefix is not None))
-        cache = transformers_package().DynamicCache(config=self.model.config)
-        if self.to_prefix is not None:
-            self.model(inputs_embeds=self.to_prefix(z)[:, None], cache=cache, use_cache=True)
-        return cache
+    @torch.no_grad()
+    def new_state(self, rows: int, max_tokens: int) -> list[torch.Tensor]:
+        """Keys and values of every layer in turn, [rows, heads, S, head size]: S places, one for the prefix.
 
-    def step(self, x_BE: torch.Tensor, z_BD: torch.Tensor, state: Any, position: int) -> tuple[torch.Tensor, Any]:
-        """One token: hidden [B, W] and the grown cache, which knows the position; `z_BD` is the position's own where
-        each has one."""
-        x_B1E = self._with_latent(x_BE[:, None], z_BD)
-        return self.model(inputs_embeds=x_B1E, cache=state, use_cache=True).last_hidden_state[:, 0], state
+        Raises:
+            ModelError: a layer remembers something else, such as a recurrent state.
+        """
+        places = max_tokens + self._before
+        self.require_positions(places)
+        weight = next(self.model.parameters())
+        cache = transformers_package().DynamicCache(config=self.model.config)
+        self.model(inputs_embeds=weight.new_zeros(1, 1, self.embedding_dim), cache=cache, use_cache=True)
+        state = []
+        for layer in cache.layers:
+            window = getattr(layer, "sliding_window", places)
+            if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer") or window < places:
+                raise ModelError(
+                    f"model.decoder ({self.model.config.model_type}) has a layer that remembers in its own way "
+                    f"({type(layer).__name__}), so that sequences at different positions cannot be decoded together. "
+                    "Use a decoder with plain attention, such as gpt2, llama or qwen3, or ask for fewer tokens than "
+                    "its window."
+                )
+            for one in (layer.keys, layer.values):
+                state.append(one.new_zeros(rows, one.shape[1], places, one.shape[3]))
+        return state
+
+    def step(
+        self, x_BE: torch.Tensor, z_BD: torch.Tensor, state: list[torch.Tensor], position_B: torch.Tensor, span: int
+    ) -> torch.Tensor:
+        """One token, or the prefix, of every row: hidden [B, W]."""
+        x_B1E, place_B, span = self._with_latent(x_BE[:, None], z_BD), position_B + self._before, span + self._before
+        if self.to_prefix is not None:
+            x_B1E = torch.where(position_B[:, None, None] < 0, self.to_prefix(z_BD)[:, None].to(x_B1E.dtype), x_B1E)
+        unseen_BS = torch.arange(span, device=place_B.device) > place_B[:, None]
+        # Added to the scores, which every kind of attention of the package does with a mask of four dimensions.
+        mask_B11S = x_B1E.new_zeros(unseen_BS.shape).masked_fill(unseen_BS, torch.finfo(x_B1E.dtype).min)[:, None, None]
+        hidden_B1W: torch.Tensor = self.model(
+            inputs_embeds=x_B1E,
+            attention_mask=mask_B11S,
+            position_ids=place_B[:, None],
+            cache=_Places(state, place_B, span),
+            use_cache=True,
+        ).last_hidden_state
+        return hidden_B1W[:, 0]
+
+    @property
+    def _before(self) -> int:
+        """Places before the first token's."""
+        return int(self.to_prefix is not None)
 
     def _with_latent(self, x_BTE: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         if self.to_input is None:
             return x_BTE
         return x_BTE + (self.to_input(z) if z.dim() == 3 else self.to_input(z)[:, None])
+
+
+class _Places:
+    """What the package's models ask of a cache, where every row writes at its own place."""
+
+    def __init__(self, state: list[torch.Tensor], place_B: torch.Tensor, span: int) -> None:
+        self._state, self._place_B, self._span = state, place_B, span
+        self._row_B = torch.arange(len(place_B), device=place_B.device)
+
+    def update(
+        self, k: torch.Tensor, v: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a token's key and value, [B, heads, 1, head size] each; returns what there is below the span."""
+        keys, values = self._state[2 * layer_idx : 2 * layer_idx + 2]
+        keys[self._row_B, :, self._place_B], values[self._row_B, :, self._place_B] = k[:, :, 0], v[:, :, 0]
+        return keys[:, :, : self._span], values[:, :, : self._span]
+
+    def get_seq_length(self) -> int:
+        """Of no use: positions and mask are given."""
+        return 0
 
 
 def _require_kind(config: Any, where: Where) -> None:
@@ -197,7 +255,8 @@ def _require_kind(config: Any, where: Where) -> None:
 
 
 def _require_arguments(model: nn.Module, where: Where) -> None:
-    needed = ("inputs_embeds", "cache", "use_cache") if where == "decoder" else ("inputs_embeds", "attention_mask")
+    of_decoder = ("position_ids", "cache", "use_cache") if where == "decoder" else ()
+    needed = ("inputs_embeds", "attention_mask", *of_decoder)
     there = inspect.signature(model.forward).parameters
     lacking = [name for name in needed if name not in there]
     if lacking:

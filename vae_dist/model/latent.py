@@ -6,7 +6,14 @@ encoder's output.
     encoder     embeddings -> h_RH
     posterior   (h_RH) -> mean_RD, logvar_RD;   `draw` -> LatentSample
     prior       (z_RD) -> log p(z), float32 [R];   `from_noise(normal_RD, uniform_R)` -> z_RD
-    decoder     (embeddings, z) -> hidden states; `start` and `step` for one token at a time
+    decoder     (embeddings, z) -> hidden states; `new_state` and `step` for one token at a time
+
+A decoder's state is a list of tensors with a row for each sequence, so that `[tensor[:8] for tensor in state]` is the
+state of the first eight. `new_state(rows, max_tokens)` allocates it; `step(x_BE, z_BD, state, position_B, span)` writes
+one token of every row into it and returns the hidden states. Rows are strangers: each is at a position of its own,
+and one at `first_position` begins a sequence, whatever its state held. That position is -1 where something stands
+before the first token (a prefix made of z; the step's hidden state is then of no use), else 0. `z_BD` is the position's
+own where each has one. No position reaches `span`, which bounds what attention looks back at.
 """
 
 from __future__ import annotations

@@ -93,6 +93,7 @@ class LstmDecoder(nn.Module):
     def __init__(self, part: LstmConfig, model: ModelConfig) -> None:
         super().__init__()
         self.teacher_forcing = model.teacher_forcing
+        self.first_position = 0
         self.lstm = Lstm(model.embedding_dim, part, model)
         has_latent = model.latent != "none"
         in_input = has_latent and (model.injection in ("embedding", "both") or not model.teacher_forcing)
@@ -103,22 +104,41 @@ class LstmDecoder(nn.Module):
 
     def forward(self, x_BTE: torch.Tensor, z: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] for z [B, D] or [B, T, D]; `lengths_B` is not needed by a causal LSTM."""
-        return self.lstm(self._input(x_BTE, z), self.start(z, x_BTE.shape[1]))[0]
+        h, c = self._start(z)
+        state = h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous()
+        return self.lstm(self._input(x_BTE, z), state)[0]
 
-    def start(self, z: torch.Tensor, max_tokens: int) -> LstmState:
-        """State before the first token: (h0, c0), each [layers, B, H]."""
-        shape = (self.lstm.num_layers, z.shape[0], self.lstm.hidden_size)
-        if self.to_cell is None:
-            return z.new_zeros(shape), z.new_zeros(shape)
-        cell = self.to_cell(z).view(shape[1], shape[0], shape[2]).transpose(0, 1).contiguous()
-        return cell.tanh(), cell
+    def new_state(self, rows: int, max_tokens: int) -> list[torch.Tensor]:
+        """h and c of `rows` sequences, [rows, layers, H]; the cells, which add up over steps, in float32 or wider."""
+        shape, weight = (rows, self.lstm.num_layers, self.lstm.hidden_size), self.lstm.all_weights[0][0]
+        h, c = weight.new_zeros(shape), weight.new_zeros(shape)
+        return [h, c.to(torch.promote_types(c.dtype, torch.float32))]
 
     def step(
-        self, x_BE: torch.Tensor, z_BD: torch.Tensor, state: LstmState, position: int
-    ) -> tuple[torch.Tensor, LstmState]:
-        """One token: hidden [B, H] and the next state; `z_BD` is the position's own where each has one."""
-        hidden, state = self.lstm(self._input(x_BE[:, None], z_BD), state)
-        return hidden[:, 0], state
+        self, x_BE: torch.Tensor, z_BD: torch.Tensor, state: list[torch.Tensor], position_B: torch.Tensor, span: int
+    ) -> torch.Tensor:
+        """One token: hidden [B, H]. nn.LSTM would arrange its weights anew at every call."""
+        h_BLH, c_BLH = state
+        begins_B11 = (position_B == self.first_position)[:, None, None]
+        if bool(begins_B11.any()):
+            for old, new in zip(state, self._start(z_BD), strict=True):
+                old.copy_(torch.where(begins_B11, new, old))
+        y_BH = self._input(x_BE[:, None], z_BD)[:, 0]
+        for layer, (weight_ih, weight_hh, bias_ih, bias_hh) in enumerate(self.lstm.all_weights):
+            gates = F.linear(y_BH, weight_ih, bias_ih) + F.linear(h_BLH[:, layer], weight_hh, bias_hh)
+            into, keep, new, out = gates.to(c_BLH.dtype).chunk(4, dim=-1)
+            c_BH = keep.sigmoid() * c_BLH[:, layer] + into.sigmoid() * new.tanh()
+            y_BH = (out.sigmoid() * c_BH.tanh()).to(h_BLH.dtype)
+            h_BLH[:, layer], c_BLH[:, layer] = y_BH, c_BH
+        return y_BH
+
+    def _start(self, z: torch.Tensor) -> LstmState:
+        """State before the first token: (h0, c0), each [B, layers, H]."""
+        shape = (z.shape[0], self.lstm.num_layers, self.lstm.hidden_size)
+        if self.to_cell is None:
+            return z.new_zeros(shape), z.new_zeros(shape)
+        cell = self.to_cell(z).view(shape)
+        return cell.tanh(), cell
 
     def _input(self, x_BTE: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         if self.to_input is None:

@@ -1,6 +1,6 @@
 """Transformer encoder and decoder: RMSNorm before each part, rotary positions, SwiGLU, SDPA.
 
-Shapes: B sequences, T positions, E embedding, W width, N heads, K head size, D latent.
+Shapes: B sequences, T positions, S places of a cache, E embedding, W width, N heads, K head size, D latent.
 
 Sources: RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020), latent as a
 memory slot and added to embeddings (Optimus, Li et al. 2020, section 3.2), latent as the memory of a cross-attention
@@ -9,7 +9,8 @@ memory slot and added to embeddings (Optimus, Li et al. 2020, section 3.2), late
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +20,55 @@ from torch.utils.checkpoint import checkpoint
 from vae_dist.config.model_schema import ModelConfig, TransformerConfig
 
 _ROTARY_BASE = 10_000.0
+# Longest sequence for which attention in half precision on the CPU is two products.
+LONGEST_IN_PRODUCTS = 256
 KeyValue = tuple[torch.Tensor, torch.Tensor]
+Rotation = tuple[torch.Tensor, torch.Tensor]
+# The tokens' queries, keys and values, [B, N, T, K] each, to what attention makes of them.
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def rotate(x_BNTK: torch.Tensor, position_T: torch.Tensor) -> torch.Tensor:
-    """Apply rotary positions to queries or keys, in fp32 or wider; the halves of a head are paired."""
-    half = x_BNTK.shape[-1] // 2
-    frequency_K = _ROTARY_BASE ** (-torch.arange(half, device=x_BNTK.device, dtype=torch.float32) / half)
-    angle_TK = position_T.float()[:, None] * frequency_K
-    cos_TK, sin_TK = angle_TK.cos(), angle_TK.sin()
+def rotation(position: torch.Tensor, head_size: int) -> Rotation:
+    """Cosine and sine of the rotary angles, float32 [..., K / 2]."""
+    half = head_size // 2
+    frequency_K = _ROTARY_BASE ** (-torch.arange(half, device=position.device, dtype=torch.float32) / half)
+    angle = position.float()[..., None] * frequency_K
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BNTK: torch.Tensor, by: Rotation) -> torch.Tensor:
+    """Apply rotary positions to queries and keys, in fp32 or wider; the halves of a head are paired."""
+    cos, sin = by
     wide = torch.promote_types(x_BNTK.dtype, torch.float32)
-    first, second = x_BNTK.to(wide).split(half, dim=-1)
-    turned = torch.cat([first * cos_TK - second * sin_TK, second * cos_TK + first * sin_TK], dim=-1)
+    first, second = x_BNTK.to(wide).chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return turned.to(x_BNTK.dtype)
+
+
+def attention(
+    q_BNTK: torch.Tensor,
+    k_BNSK: torch.Tensor,
+    v_BNSK: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    dropout: float,
+) -> torch.Tensor:
+    """softmax(q k / sqrt(K)) v: torch's fused attention, or its two products where that is slow.
+
+    In half precision on the CPU the fused backward pass takes five times as long at 22 positions, twice at 128, and as
+    long at 512 (tests/bench/NOTES.md). Scores are float32 for the softmax.
+    """
+    is_short = max(q_BNTK.shape[2], k_BNSK.shape[2]) <= LONGEST_IN_PRODUCTS
+    if q_BNTK.device.type != "cpu" or q_BNTK.dtype != torch.bfloat16 or not is_short:
+        return F.scaled_dot_product_attention(
+            q_BNTK, k_BNSK, v_BNSK, attn_mask=mask, is_causal=is_causal, dropout_p=dropout
+        )
+    score_BNTS = torch.matmul(q_BNTK, k_BNSK.transpose(-1, -2)).float() * q_BNTK.shape[-1] ** -0.5
+    if is_causal:
+        mask = torch.ones(score_BNTS.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        score_BNTS = score_BNTS.masked_fill(~mask, -torch.inf)
+    return torch.matmul(F.dropout(score_BNTS.softmax(-1), dropout).to(v_BNSK.dtype), v_BNSK)
 
 
 class Block(nn.Module):
@@ -51,38 +88,28 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTW: torch.Tensor,
-        position_T: torch.Tensor,
-        mask: torch.Tensor | None,
-        is_causal: bool,
-        cache: KeyValue | None = None,
+        turn: Rotation,
+        attend: Attend,
         cross_B1W: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, KeyValue]:
-        """The new residual stream and the keys and values seen so far ([B, N, T_seen, K] each).
+    ) -> torch.Tensor:
+        """The new residual stream.
 
         Args:
             x_BTW: the residual stream.
-            position_T: positions of its tokens.
-            mask: broadcast to [B, N, T, T_seen], true where a query attends.
-            is_causal: a token attends to `cache`, itself and the tokens before it in `x_BTW`.
-            cache: keys and values that come first.
+            turn: the rotation of its tokens' positions.
+            attend: the attention, given rotated queries and keys.
             cross_B1W: what a cross-attention adds between the two parts.
         """
         heads = self.qkv(self.attention_norm(x_BTW)).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = rotate(q, position_T), rotate(k, position_T)
-        if cache is not None:
-            k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
-            # A causal mask begins at the first query and the first key: empty queries stand where the cache's were,
-            # so that the mask is the plain square one, which every fused attention has.
-            q = F.pad(q, (0, 0, cache[0].shape[2], 0)) if is_causal else q
+        heads = heads.permute(2, 0, 3, 1, 4)
+        q, k = rotate(heads[:2], turn).unbind(0)
         drop = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=drop)
-        y_BTW = y[:, :, -x_BTW.shape[1] :].transpose(1, 2).flatten(2)
+        y_BTW = attend(q, k, heads[2]).transpose(1, 2).flatten(2)
         x_BTW = x_BTW + F.dropout(self.attention_out(y_BTW), drop)
         if cross_B1W is not None:
             x_BTW = x_BTW + F.dropout(cross_B1W.expand_as(x_BTW), drop)
         gate, up = self.gate_up(self.mlp_norm(x_BTW)).chunk(2, dim=-1)
-        return x_BTW + F.dropout(self.down(F.silu(gate) * up), drop), (k, v)
+        return x_BTW + F.dropout(self.down(F.silu(gate) * up), drop)
 
 
 class _Stack(nn.Module):
@@ -94,7 +121,8 @@ class _Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(part, model.dropout) for _ in range(part.num_layers))
         self.norm = nn.RMSNorm(part.hidden_dim)
         self.output_dim, self.num_heads = part.hidden_dim, part.num_heads
-        self.recompute = recompute
+        self.head_size = part.hidden_dim // part.num_heads
+        self.recompute, self.dropout = recompute, model.dropout
 
     def run(
         self,
@@ -104,15 +132,72 @@ class _Stack(nn.Module):
         slots: list[KeyValue] | None = None,
         cross: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        position_T = torch.arange(x_BTW.shape[1], device=x_BTW.device)
+        """The last layer, normalised.
+
+        Args:
+            x_BTW: the input.
+            mask: broadcast to [B, N, T, T], true where a query attends.
+            is_causal: a token attends to itself and the tokens before it.
+            slots: keys and values of each layer that come first.
+            cross: what a cross-attention adds in each layer.
+        """
+        turn = rotation(torch.arange(x_BTW.shape[1], device=x_BTW.device), self.head_size)
         none = [None] * len(self.blocks)
         for block, slot, cross_B1W in zip(self.blocks, slots or none, cross or none, strict=True):
-            arguments = (x_BTW, position_T, mask, is_causal, slot, cross_B1W)
+            attend = partial(_attend, mask=mask, is_causal=is_causal, drop=self._drop, slot=slot)
+            arguments = (x_BTW, turn, attend, cross_B1W)
             if self.recompute and self.training:
-                x_BTW = checkpoint(block, *arguments, use_reentrant=False)[0]
+                x_BTW = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x_BTW = block(*arguments)[0]
+                x_BTW = block(*arguments)
         return self.norm(x_BTW)
+
+    @property
+    def _drop(self) -> float:
+        return self.dropout if self.training else 0.0
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    drop: float,
+    slot: KeyValue | None,
+) -> torch.Tensor:
+    """Attention among the tokens, and to the slot before them."""
+    count = q.shape[2]
+    if slot is not None:
+        k, v = torch.cat([slot[0], k], dim=2), torch.cat([slot[1], v], dim=2)
+        # A causal mask begins at the first query and the first key: an empty query stands where the slot's was,
+        # so that the mask is the plain square one, which every fused attention has.
+        q = F.pad(q, (0, 0, slot[0].shape[2], 0)) if is_causal else q
+    return attention(q, k, v, mask, is_causal, drop)[:, :, -count:]
+
+
+def _attend_at(
+    q_BN1K: torch.Tensor,
+    k_BN1K: torch.Tensor,
+    v_BN1K: torch.Tensor,
+    *,
+    keys_BNSK: torch.Tensor,
+    values_BNSK: torch.Tensor,
+    place_B: torch.Tensor,
+    span: int,
+) -> torch.Tensor:
+    """Attention of one token a row to what its row has seen, itself included; its key and value are written first.
+
+    By hand: for single queries torch's CPU kernel takes eight times as long in bf16.
+    """
+    row_B = torch.arange(len(place_B), device=place_B.device)
+    keys_BNSK[row_B, :, place_B], values_BNSK[row_B, :, place_B] = k_BN1K[:, :, 0], v_BN1K[:, :, 0]
+    unseen_BS = torch.arange(span, device=place_B.device) > place_B[:, None]
+    score_BN1S = (q_BN1K * q_BN1K.shape[-1] ** -0.5) @ keys_BNSK[:, :, :span].transpose(-1, -2)
+    wide = torch.promote_types(score_BN1S.dtype, torch.float32)
+    share_BN1S = score_BN1S.to(wide).masked_fill(unseen_BS[:, None, None], -torch.inf).softmax(-1)
+    return share_BN1S.to(v_BN1K.dtype) @ values_BNSK[:, :, :span]
 
 
 class TransformerEncoder(_Stack):
@@ -150,6 +235,7 @@ class TransformerDecoder(_Stack):
         in_input, in_prefix = injection in ("embedding", "both"), injection in ("memory", "both")
         self.to_input = nn.Linear(latent_dim, model.embedding_dim, bias=False) if in_input else None
         self.to_prefix = nn.Linear(latent_dim, width) if in_prefix else None
+        self.first_position = -1 if in_prefix else 0
         self.to_slots = self._for_each_block(latent_dim, 2 * width) if injection == "layers" else None
         self.to_cross = self._for_each_block(latent_dim, width) if injection == "cross_attention" else None
 
@@ -164,36 +250,36 @@ class TransformerDecoder(_Stack):
         y_BTW = self.run(x_BTW, None, is_causal=True, slots=self._slots(z), cross=self._cross(z))
         return y_BTW if self.to_prefix is None else y_BTW[:, 1:]
 
-    def start(self, z: torch.Tensor, max_tokens: int) -> list[KeyValue]:
-        """Keys and values before the first token: of the prefix, of z in each layer, or empty."""
-        if self.to_slots is not None:
-            return self._slots(z) or []
-        if self.to_prefix is None:
-            shape = (z.shape[0], self.num_heads, 0, self.output_dim // self.num_heads)
-            return [(z.new_zeros(shape), z.new_zeros(shape)) for _ in self.blocks]
-        state: list[KeyValue] = []
-        x_B1W, position = self.to_prefix(z)[:, None], z.new_zeros(1)
-        for block in self.blocks:
-            x_B1W, seen = block(x_B1W, position, None, False)
-            state.append(seen)
-        return state
+    def new_state(self, rows: int, max_tokens: int) -> list[torch.Tensor]:
+        """Keys and values of every layer in turn, [rows, N, S, K]: S places, one for what stands before the tokens."""
+        shape = (rows, self.num_heads, max_tokens + self._before, self.head_size)
+        return [self.input.weight.new_zeros(shape) for _ in range(2 * len(self.blocks))]
 
     def step(
-        self, x_BE: torch.Tensor, z_BD: torch.Tensor, state: list[KeyValue], position: int
-    ) -> tuple[torch.Tensor, list[KeyValue]]:
-        """One token (its position counted from 0): hidden [B, W] and the grown keys and values.
-
-        `z_BD` is the position's own where each has one.
-        """
+        self, x_BE: torch.Tensor, z_BD: torch.Tensor, state: list[torch.Tensor], position_B: torch.Tensor, span: int
+    ) -> torch.Tensor:
+        """One token, or the prefix, of every row: hidden [B, W]."""
         x_B1W = self.input(self._with_latent(x_BE[:, None], z_BD))
-        offset = position + (0 if self.to_prefix is None else 1)
-        position_1 = torch.full((1,), offset, device=x_BE.device)
+        if self.to_prefix is not None:
+            x_B1W = torch.where(position_B[:, None, None] < 0, self.to_prefix(z_BD)[:, None].to(x_B1W.dtype), x_B1W)
+        place_B, pairs = position_B + self._before, list(zip(state[::2], state[1::2], strict=True))
+        for pair, slot in zip(pairs, self._slots(z_BD) or [], strict=False):
+            # What z is at place 0 is the same at every step.
+            pair[0][:, :, :1], pair[1][:, :, :1] = slot
+        # A prefix is turned as the first of the tokens, a slot not at all.
+        turned_B = position_B if self.to_prefix is None else place_B
+        cos_BK, sin_BK = rotation(turned_B, self.head_size)
+        turn = cos_BK[:, None, None], sin_BK[:, None, None]
         cross: Sequence[torch.Tensor | None] = self._cross(z_BD) or [None] * len(self.blocks)
-        grown: list[KeyValue] = []
-        for block, cache, cross_B1W in zip(self.blocks, state, cross, strict=True):
-            x_B1W, seen = block(x_B1W, position_1, None, False, cache, cross_B1W)
-            grown.append(seen)
-        return self.norm(x_B1W)[:, 0], grown
+        for block, (keys, values), cross_B1W in zip(self.blocks, pairs, cross, strict=True):
+            attend = partial(_attend_at, keys_BNSK=keys, values_BNSK=values, place_B=place_B, span=span + self._before)
+            x_B1W = block(x_B1W, turn, attend, cross_B1W)
+        return self.norm(x_B1W)[:, 0]
+
+    @property
+    def _before(self) -> int:
+        """Places before the first token's."""
+        return int(self.to_prefix is not None or self.to_slots is not None)
 
     def _for_each_block(self, latent_dim: int, width: int) -> nn.ModuleList:
         return nn.ModuleList(nn.Linear(latent_dim, width, bias=False) for _ in self.blocks)

@@ -10,7 +10,7 @@ parameters only there; evaluation calls `forward` too.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,7 @@ class TextVAE(nn.Module):
         z: torch.Tensor | None = None,
         stream: int = LATENT_STREAM,
         fitted_prior: bool = False,
+        posterior_rows: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> VaeOutput:
         """Encode, sample, decode, and score the batch.
 
@@ -121,8 +122,10 @@ class TextVAE(nn.Module):
             z: decode these latents, [B, D] or [B, T, D], instead of samples (then K = 1).
             stream: tag of the latent noise, so that evaluation never repeats training's noise.
             fitted_prior: KL and log p(z) are those of `sampling_prior`, not of the prior trained with.
+            posterior_rows: `mean_RD` and `logvar_RD` of an earlier pass over the same batch, which need not be encoded
+                again.
         """
-        mean_RD, logvar_RD = self._posterior_rows(batch)
+        mean_RD, logvar_RD = posterior_rows or self._posterior_rows(batch)
         log_prior = self._log_prior(fitted_prior)
         latent = self._draw(batch, mean_RD, logvar_RD, rng, num_samples, free_bits, stream, log_prior)
         z_K = latent.z if z is None else z[None]
@@ -136,11 +139,12 @@ class TextVAE(nn.Module):
         rows = self._posterior_rows(batch)
         return (_to_positions(rows[0], batch), _to_positions(rows[1], batch)) if self.per_token else rows
 
-    def step(self, tokens_B: torch.Tensor, z_BD: torch.Tensor, state: Any, position: int) -> tuple[torch.Tensor, Any]:
-        """Logits of the next token, float32 [B, V], and the decoder's next state (from `decoder.start`)."""
-        hidden, state = self.decoder.step(self.embedding(tokens_B), z_BD, state, position)
-        logits = F.linear(self.to_embedding(hidden), self._output_weight(), self.output_bias)
-        return logits.float(), state
+    def step(
+        self, tokens_B: torch.Tensor, z_BD: torch.Tensor, state: list[torch.Tensor], position_B: torch.Tensor, span: int
+    ) -> torch.Tensor:
+        """Logits of the next token, float32 [B, V]; the decoder's step, as `model/latent.py` has it."""
+        hidden_BW = self.decoder.step(self.embedding(tokens_B), z_BD, state, position_B, span)
+        return F.linear(self.to_embedding(hidden_BW), self._output_weight(), self.output_bias).float()
 
     def encode_embeddings(self, x_BTE: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The posterior of sequences given as embeddings, [B, D] each: what a VampPrior asks for."""

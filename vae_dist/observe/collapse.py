@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vae_dist.config.schema import Config
-from vae_dist.config.science_checks import science_problems, value_at
+from vae_dist.config.science_checks import science_problems, value_at, with_values
 
 # Below this the latent tells less than a coin toss about a sequence.
 _COLLAPSED_NATS = 0.5
@@ -41,16 +41,8 @@ def _remedy(config: Config) -> str:
     has_floor = config.objective.free_bits != "none" and config.objective.free_bits_nats > 0.0
     for remedy in _REMEDIES:
         is_there = has_floor if "objective.free_bits" in remedy else all(value_at(config, key) for key in remedy)
-        if not is_there and not science_problems(_with(config, remedy)):
+        if not is_there and not science_problems(with_values(config, remedy)):
             return "set " + " ".join(f"{key}={str(value).lower()}" for key, value in remedy.items())
     if has_floor:
         return f"raise objective.free_bits_nats above {config.objective.free_bits_nats:g}"
     return f"lower objective.beta below {config.objective.beta:g}"
-
-
-def _with(config: Config, changes: dict[str, Any]) -> Config:
-    for key, value in changes.items():
-        section, name = key.split(".")
-        changed = getattr(config, section).model_copy(update={name: value})
-        config = config.model_copy(update={section: changed})
-    return config

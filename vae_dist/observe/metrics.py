@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from vae_dist.observe.sinks import SINKS
+
+logger = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends records of kind `train`, `valid`, `checkpoint`, `fit` or `event`; rank 0 only."""
+    """Appends records of kind `train`, `valid`, `checkpoint`, `fit`, `time` or `event`; rank 0 only."""
 
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, resume_step: int, sinks: Sequence[str] = ()) -> None:
         """Drop what an interrupted run wrote beyond the step it resumes from, then append."""
         path = run_dir / FILE
         if path.exists():
@@ -23,21 +28,71 @@ class MetricsWriter:
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
             os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        self._lock = threading.Lock()
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
+        self._unwritten, self._has_warned = bytearray(), False
+        self._board_dir = str(run_dir / "tensorboard")
+        purge = resume_step + 1 if resume_step else None
+        self._board: Any = _summary_writer(self._board_dir, purge)
+        self._sinks = [SINKS[name](run_dir) for name in sinks]
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Append one record; numbers also go to TensorBoard under `kind/name`."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        """Append one record; numbers also go to TensorBoard and sinks under `kind/name`. Any thread may call.
+
+        While the storage takes nothing, records wait in memory; TensorBoard, which shows what is in them, goes without.
+        """
+        with self._lock:
+            self._unwritten += (json.dumps({"kind": kind, "step": step, **values}) + "\n").encode()
+            try:
+                self._write_lines()
+                self._show(kind, step, values)
+                self._has_warned = False
+            except OSError as error:
+                self._warn(error)
 
     def close(self) -> None:
-        """Flush and close both files."""
-        self._file.close()
-        self._board.close()
+        """Write what waits and close both files.
+
+        Raises:
+            OSError: the storage takes nothing.
+        """
+        with self._lock:
+            self._write_lines()
+            self._file.close()
+            if self._board:
+                self._board.close()
+            for sink in self._sinks:
+                sink.close()
+
+    def _write_lines(self) -> None:
+        while self._unwritten:
+            del self._unwritten[: self._file.write(self._unwritten)]
+
+    def _show(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        # A writer that met an error once raises it for ever.
+        board, self._board = self._board or _summary_writer(self._board_dir, None), None
+        numbers = {
+            f"{kind}/{name}": value
+            for name, value in values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for name, value in numbers.items():
+            board.add_scalar(name, value, step)
+        self._board = board
+        for sink in self._sinks if numbers else ():
+            sink.write(step, numbers)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._has_warned:
+            logger.warning("metrics wait in memory: %s: %s", self._file.name, error)
+        self._has_warned = True
+
+
+def _summary_writer(folder: str, purge_step: int | None) -> Any:
+    # The import takes half a second, which neither the driver nor the other ranks need to spend.
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=purge_step)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

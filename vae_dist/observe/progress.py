@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from vae_dist.observe.wall_time import PARTS
+
 # Share of a step's time that a person should hear of.
 _SHOWN_WAIT = 0.01
 
 
 def format_record(record: dict[str, Any], total_steps: int) -> str | None:
     """The line for a record of metrics.jsonl, or None for kinds that are not shown."""
-    formatters = {"train": _train, "valid": _valid, "checkpoint": _checkpoint, "fit": _fit, "event": _event}
-    formatter = formatters.get(record["kind"])
+    formatter = _FORMATTERS.get(record["kind"])
     return formatter(record, total_steps) if formatter else None
 
 
@@ -44,7 +45,7 @@ def _valid(r: dict[str, Any], total_steps: int) -> str:
 
 
 def _checkpoint(r: dict[str, Any], total_steps: int) -> str:
-    return f"saved{r['step']:>6}/{total_steps}  {r['path']} ({r['seconds']:.1f} s)"
+    return f"saved{r['step']:>6}/{total_steps}  {r['path']} ({r['seconds']:.1f} s, stall {r['blocked_seconds']:.2f} s)"
 
 
 def _fit(r: dict[str, Any], total_steps: int) -> str:
@@ -54,5 +55,17 @@ def _fit(r: dict[str, Any], total_steps: int) -> str:
     )
 
 
+def _time(r: dict[str, Any], total_steps: int) -> str:
+    shares = ", ".join(
+        f"{part.replace('_', ' ')} {100 * seconds / r['wall_seconds']:.0f} %"
+        for part in PARTS
+        if (seconds := r[f"wall_{part}_seconds"])
+    )
+    return f"      goodput {100 * r['goodput']:.0f} % of {format_seconds(r['wall_seconds'])}: {shares}"
+
+
 def _event(r: dict[str, Any], total_steps: int) -> str:
     return f"      {r['message']}"
+
+
+_FORMATTERS = {"train": _train, "valid": _valid, "checkpoint": _checkpoint, "fit": _fit, "time": _time, "event": _event}

@@ -28,6 +28,7 @@ OPTIONAL = frozenset(
         "reconstructions",
         "interpolation",
         "throughput",
+        "wall_time",
         "counts",
         "config_yaml",
         "versions",

@@ -1,136 +1,138 @@
-"""The Ray Serve application: FastAPI in front of the pure-torch decoder."""
+"""The Ray Serve application: replicas that each have all models, behind one address.
+
+All models of a service are in every replica. Text VAEs are small, so that memory is not what decides; any replica can
+answer any request, so that Serve balances and scales by requests alone, and one address has no second hop. (Models
+that do not fit together are services of their own. `serve.multiplexed`, which loads models when they are asked for,
+chooses replicas by a header, and would let a request wait for a model to load.)
+"""
 
 from __future__ import annotations
 
-import asyncio
-import secrets
-import time
-from typing import Any, Literal
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
+import ray
 import torch
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
+from prometheus_client import Metric
 from ray import serve
+from ray.serve import Application
 
-from vae_dist import __version__
-from vae_dist.decode.generate import Decoding, Generated
-from vae_dist.decode.latent_ops import TextModel, score_texts
-from vae_dist.errors import DataError
-from vae_dist.export.model_dir import load_model
-from vae_dist.model.vae import count_parameters
-from vae_dist.serve import schemas
+from vae_dist.config.load import validate_section
+from vae_dist.export.model_dir import find_model_dir
+from vae_dist.serve.api import build_api
+from vae_dist.serve.gate import Gate
+from vae_dist.serve.guard import Access, Guard, read_access
+from vae_dist.serve.measures import Measures, exposition
+from vae_dist.serve.models import Models
+from vae_dist.serve.settings import ServiceConfig
 
-api = FastAPI(title="vae_dist", version=__version__, description="Sample from a text VAE.")
-
-
-@api.exception_handler(DataError)
-async def refuse(request: Request, error: DataError) -> JSONResponse:
-    """Text the model cannot take is the client's to mend."""
-    return JSONResponse({"detail": error.message}, status_code=422)
+# What a replica has to end in, beyond the longest request.
+_MARGIN_S = 5.0
+_PATIENCE_S = 5.0
 
 
-@api.exception_handler(RequestValidationError)
-async def explain(request: Request, error: RequestValidationError) -> JSONResponse:
-    """What is wrong and where, without echoing the input: it may be huge, NaN, or no valid Unicode."""
-    found = [
-        {"loc": [ascii(part) for part in e["loc"]], "msg": ascii(e["msg"]), "type": e["type"]} for e in error.errors()
-    ]
-    return JSONResponse({"detail": found}, status_code=422)
-
-
-# Above the class: `serve.ingress` pickles the application, with what it refers to, when it is applied.
-def _seed(body: schemas.DecodingOptions) -> int:
-    return secrets.randbelow(2**31) if body.seed is None else body.seed
-
-
-def _choice(index: int, text: str, row: Generated) -> dict[str, Any]:
-    return {"index": index, "text": text, "finish_reason": _finish(row), "log_prob": row.log_prob}
-
-
-def _finish(row: Generated) -> Literal["stop", "length"]:
-    return "stop" if row.finished else "length"
-
-
-@serve.deployment(max_ongoing_requests=64, ray_actor_options={"num_cpus": 1})
-@serve.ingress(api)
+@serve.deployment
+@serve.ingress()
 class TextVaeService:
-    """One replica: one model, one decoding at a time, in a thread beside the event loop."""
+    """One replica: its models, each on a thread beside the event loop, whose engine all requests share."""
 
-    def __init__(self, model_path: str, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._loaded = load_model(model_path, "cuda" if torch.cuda.is_available() else "cpu")
-        self._model = TextModel(self._loaded.vae, self._loaded.tokenizer, self._loaded.max_tokens)
-        self._name = str(self._loaded.info["provenance"].get("run", self._loaded.path.name))
-        self._turn = asyncio.Lock()
-        # The first decoding is slow: torch warms up here and not in a request.
-        self._model.sample(1, 0, Decoding(max_tokens=2))
+    def __init__(self, config: ServiceConfig, access: Access) -> None:
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.max_replicas))
+        self._models = Models(config)
+        self._measures = Measures(self._models)
+        api = build_api()
+        api.router.lifespan_context = self._until_the_end
+        endpoints = [str(path) for path in api.openapi()["paths"]]
+        self._gate = Gate(Guard(api, access), config.request_timeout_s, endpoints, self._measures)
+        api.state.models, api.state.gate, api.state.exposition = self._models, self._gate, self._exposition
 
-    @api.get("/healthz")
-    async def healthz(self) -> schemas.Health:
-        """The replica answers."""
-        return schemas.Health()
+    def __serve_build_asgi_app__(self) -> Gate:
+        return self._gate
 
-    @api.get("/v1/info")
-    async def info(self) -> schemas.InfoResponse:
-        """Which model this is and what it accepts."""
-        return schemas.InfoResponse(
-            model=self._name,
-            weights_sha256=self._loaded.weights_sha256,
-            vae_dist_version=__version__,
-            parameters=count_parameters(self._loaded.vae),
-            latent_dim=self._loaded.vae.latent_dim,
-            vocab_size=self._loaded.vae.vocab_size,
-            max_tokens=self._loaded.max_tokens,
-            prior=self._loaded.vae.prior_name,
-            provenance=self._loaded.info["provenance"],
-            limits={"rows": schemas.MAX_ROWS, "steps": schemas.MAX_STEPS, "characters": schemas.MAX_TEXT_CHARACTERS},
-        )
+    async def drain(self) -> None:
+        """Take no more requests; returns when those under way have ended."""
+        await self._gate.drain()
 
-    @api.post("/v1/sample")
-    async def sample(self, body: schemas.SampleRequest) -> schemas.SampleResponse:
-        """Texts drawn from the prior."""
-        seed = _seed(body)
-        texts, rows, z_BD = await self._run(self._model.sample, body.n, seed, self._decoding(body), body.prior_scale)
-        latents = z_BD.tolist() if body.return_latent else [None] * body.n
-        choices = [
-            schemas.Choice(**_choice(i, text, row), latent=latent)
-            for i, (text, row, latent) in enumerate(zip(texts, rows, latents, strict=True))
-        ]
-        return schemas.SampleResponse(**self._envelope(seed), choices=choices)
+    async def measures(self) -> tuple[str, list[Metric]]:
+        """The name of this replica, and its numbers."""
+        return serve.get_replica_context().replica_id.unique_id, self._measures.families()
 
-    @api.post("/v1/reconstruct")
-    async def reconstruct(self, body: schemas.ReconstructRequest) -> schemas.ReconstructResponse:
-        """Each input decoded from its posterior mean, with its score."""
-        seed = _seed(body)
-        texts, rows = await self._run(self._model.reconstruct, body.input, seed, self._decoding(body))
-        scores = await self._run(score_texts, self._model, body.input, rows)
-        choices = [
-            schemas.Reconstruction(**_choice(i, text, row), input=given, **score)
-            for i, (text, row, given, score) in enumerate(zip(texts, rows, body.input, scores, strict=True))
-        ]
-        return schemas.ReconstructResponse(**self._envelope(seed), choices=choices)
+    async def _exposition(self) -> bytes:
+        """The numbers of all replicas; where one does not answer in time, of this one."""
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        try:
+            found = await handle.broadcast("measures").results_async(timeout_s=_PATIENCE_S, return_exceptions=True)
+        except Exception:  # one hangs or has just died: Prometheus asks again soon
+            found = [await self.measures()]
+        return exposition([one for one in found if not isinstance(one, BaseException)])
 
-    @api.post("/v1/interpolate")
-    async def interpolate(self, body: schemas.InterpolateRequest) -> schemas.InterpolateResponse:
-        """Texts between two texts; the ends are their reconstructions."""
-        seed = _seed(body)
-        decoding = self._decoding(body)
-        t, texts, rows = await self._run(self._model.interpolate, body.a, body.b, body.steps, body.path, seed, decoding)
-        points = [
-            schemas.Point(t=at, text=text, finish_reason=_finish(row), log_prob=row.log_prob)
-            for at, text, row in zip(t, texts, rows, strict=True)
-        ]
-        return schemas.InterpolateResponse(**self._envelope(seed), a=body.a, b=body.b, path=body.path, points=points)
+    @asynccontextmanager
+    async def _until_the_end(self, api: FastAPI) -> AsyncIterator[None]:
+        yield
+        # Serve gets here when it ends a replica, after the last of its requests.
+        self._models.stop()
 
-    async def _run(self, function: Any, *arguments: Any) -> Any:
-        async with self._turn:
-            return await asyncio.to_thread(function, *arguments)
 
-    def _decoding(self, body: schemas.DecodingOptions) -> Decoding:
-        longest = self._loaded.max_tokens
-        longest = min(body.max_tokens or longest, longest)
-        return Decoding(body.temperature, body.top_k, body.top_p, longest, body.allow_unknown)
+def build(args: dict[str, Any]) -> Application:
+    """The application for `import_path: vae_dist.serve.app:build`; `args` are those of `ServiceConfig`.
 
-    def _envelope(self, seed: int) -> dict[str, Any]:
-        return {"model": self._name, "created": int(time.time()), "seed": seed}
+    Ray would validate them itself, but not where annotations are text, as they are here.
+    """
+    return application(validate_section(ServiceConfig, args))
+
+
+def application(config: ServiceConfig) -> Application:
+    """The application of a configuration.
+
+    Raises:
+        ModelError: a directory is no model.
+        ConfigError: the keys cannot be used.
+    """
+    access = read_access(Path(config.keys) if config.keys else None, config.requests_per_minute)
+    # A replica runs in another folder. A link stays one: it may come to mean another export.
+    models = {name: str(find_model_dir(Path(path)).absolute()) for name, path in config.models.items()}
+    texts = [text if "://" in text else str(Path(text).expanduser().absolute()) for text in config.texts]
+    deployment: Any = TextVaeService
+    found: Application = deployment.options(**_options(config)).bind(
+        config.model_copy(update={"models": models, "texts": texts}), access
+    )
+    return found
+
+
+def _options(config: ServiceConfig) -> dict[str, Any]:
+    replicas: dict[str, Any] = {"num_replicas": config.min_replicas}
+    if config.max_replicas > config.min_replicas:
+        scaling = {
+            "target_ongoing_requests": config.target_requests,
+            "min_replicas": config.min_replicas,
+            "max_replicas": config.max_replicas,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
+        }
+        replicas = {"autoscaling_config": scaling}
+    return {
+        **replicas,
+        # The engine has the queue, and refuses what does not fit; what waits before it, waits for a replica.
+        "max_ongoing_requests": config.slots + config.queue,
+        "max_queued_requests": config.slots + config.queue,
+        "backpressure_config": {"status_code": 429, "retry_after_s": 1},
+        "graceful_shutdown_timeout_s": config.request_timeout_s + _MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "ray_actor_options": {
+            "num_cpus": config.threads or 1,
+            "num_gpus": config.gpus,
+            "runtime_env": _runtime_env(),
+        },
+    }
+
+
+def _runtime_env() -> dict[str, Any]:
+    """The job's, which Serve itself gives only to replicas that ask for nothing of their own."""
+    job = ray.get_runtime_context().runtime_env if ray.is_initialized() else {}
+    # The model has a thread of its own: another one between it and Ray's only makes first tokens wait.
+    return {**job, "env_vars": {**job.get("env_vars", {}), "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}

@@ -11,7 +11,7 @@ from typing import Any
 from vae_dist.errors import ConfigError
 from vae_dist.observe.console import say
 from vae_dist.table.jobs import Job, Table
-from vae_dist.table.render import markdown
+from vae_dist.table.render import markdown, texts_markdown
 from vae_dist.table.results import Results
 from vae_dist.table.work import evaluate, result_row, steps_so_far, texts_of, train
 
@@ -48,13 +48,20 @@ def list_states(jobs: Sequence[Job], results: Results) -> dict[str, Any]:
 
 
 def print_markdown(table: Table, jobs: Sequence[Job], results: Results) -> dict[str, Any]:
-    """Print the table with the results there are."""
+    """Print the table with the results there are, and what the models wrote."""
     found = [(job, row) for job in jobs if (row := results.find(job))]
     for job, row in found:
         if changes := results.changes(job, row):
             say(f"warning: {job.label} is stale: {'; '.join(changes)}")
-    print(markdown(table.definition, [row for _, row in found]))
+    print(page(table, found, results))
     return {"results": str(results.path), "rows": len(jobs), "done": len(found)}
+
+
+def page(table: Table, found: Sequence[tuple[Job, dict[str, Any]]], results: Results) -> str:
+    """The table as Markdown, and below it what the models wrote."""
+    written = [(job.label, texts) for job, _ in found if (texts := results.texts(job))]
+    parts = [markdown(table.definition, [row for _, row in found]), *(texts_markdown(*one) for one in written)]
+    return "\n\n".join(parts)
 
 
 def _complete(table: Table, job: Job, label: str, results: Results) -> bool:

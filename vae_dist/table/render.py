@@ -20,8 +20,11 @@ _COLUMNS = (
 _LEGEND = (
     "PPL per token, the end of a sequence counted; of a language model its own. IW: importance-weighted bound, "
     "{samples} samples. Rec, KL and MI in nats per sequence, AU active units. Ours: median, with the range where there "
-    "are several seeds. [V] read in the repository named; [M*] second hand and unverified, but its NLL and PPL agree "
-    "under this token count; [M] second hand and unverified."
+    "are several seeds."
+)
+_STATUSES = (
+    " [V] read in the repository named; [M*] second hand and unverified, but its NLL and PPL agree under this token "
+    "count; [M] second hand and unverified."
 )
 
 
@@ -30,8 +33,25 @@ def markdown(definition: Definition, results: Sequence[dict[str, Any]]) -> str:
     headings = ["Method", *(heading for _, heading, _ in _COLUMNS), "Status"]
     ours = [_our_cells(row, [r for r in results if r["method"] == row.method]) for row in definition.rows]
     lines = [headings, ["---", *("---:" for _ in _COLUMNS), "---"], *map(_peer_cells, definition.peers), *ours]
-    legend = _LEGEND.format(samples=definition.evaluation.importance_samples)
+    legend = _LEGEND.format(samples=definition.evaluation.importance_samples) + _STATUSES * bool(definition.peers)
     return "\n".join([*(_line(cells) for cells in lines), "", legend])
+
+
+def texts_markdown(title: str, texts: dict[str, Any]) -> str:
+    """What a model wrote, all that was kept of it: samples, reconstructions, ways from one text to another."""
+    parts = [f"### {title}", _list("Samples", texts["samples"])]
+    if "reconstruction" in texts:
+        pairs = [f"{one['input']} → {one['output']}" for one in texts["reconstruction"]["examples"]]
+        parts.append(_list("Texts of the test split and what their posterior means decode to", pairs))
+    for one in texts.get("interpolation", {}).get("examples", []):
+        points = [f"{point['t']:.1f} {point['text']}" for point in one["points"]]
+        parts.append(_list(f"From `{one['a']}` to `{one['b']}`", points))
+    return "\n\n".join(parts)
+
+
+def _list(title: str, items: Sequence[str]) -> str:
+    # In code nothing is markup, `<unk>` included.
+    return "\n".join([f"{title}:", "", *(f"    {item}" for item in items)])
 
 
 def _peer_cells(peer: Peer) -> list[str]:

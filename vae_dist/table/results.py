@@ -49,6 +49,11 @@ class Results:
             # It was deleted, or is of a schema that is no more.
             return [error.message]
 
+    def texts(self, job: Job) -> dict[str, Any] | None:
+        """What the model of a job wrote, where the table asks for texts."""
+        path = self._folder / job.folder / "texts.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
     def record(self, job: Job, row: dict[str, Any], texts: dict[str, Any] | None = None) -> None:
         """Write a row and what explains it; replaces an older row of this job."""
         config = neutral(load_config(job.run_dir / "resolved.yaml"))

@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from vae_dist.data.prepare.encode import Block, block_file, read_block, token_dtype
 from vae_dist.data.prepare.texts import SPLITS
-from vae_dist.data.prepare.work import Folder, Record, Stages
+from vae_dist.data.prepare.work import Record, Stages
+from vae_dist.data.store.folder import Folder
 from vae_dist.data.store.sequences import Sequences
 from vae_dist.data.store.shards import MemberEntry, build_shard, entry_bytes, payload_schema
 from vae_dist.data.text.tokenizer import Tokenizer

@@ -11,7 +11,8 @@ from typing import IO, Any
 
 from pyarrow import fs
 
-from vae_dist.data.prepare.work import PLAN, Folder
+from vae_dist.data.prepare.work import PLAN
+from vae_dist.data.store.folder import Folder
 from vae_dist.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ import xxhash
 
 from vae_dist.data.prepare.encode import Block, BlockWriter, block_file, token_dtype
 from vae_dist.data.prepare.texts import SPLITS
-from vae_dist.data.prepare.work import Folder, Record
+from vae_dist.data.prepare.work import Record
 from vae_dist.data.store.dataset import Dataset
+from vae_dist.data.store.folder import Folder
 from vae_dist.data.store.overlap import mixed
 from vae_dist.data.store.sequences import Sequences
 from vae_dist.data.stream.order import mix

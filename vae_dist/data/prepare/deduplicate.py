@@ -21,9 +21,10 @@ import xxhash
 
 from vae_dist.data.prepare.minhash import KEYS_PER_TEXT, near_keys
 from vae_dist.data.prepare.texts import batches_of
-from vae_dist.data.prepare.work import Folder, Record, Stages
+from vae_dist.data.prepare.work import Record, Stages
 from vae_dist.data.source.pieces import Piece
 from vae_dist.data.source.sources import Source
+from vae_dist.data.store.folder import Folder
 
 # The first 12 bits of a key; a run begins with where each of their values starts, int64[4097].
 _PREFIX_BITS = 12

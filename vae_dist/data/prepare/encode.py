@@ -19,9 +19,10 @@ import numpy as np
 from vae_dist.data.prepare.deduplicate import Drops
 from vae_dist.data.prepare.lengths import fit_lengths
 from vae_dist.data.prepare.texts import SPLITS, batches_of
-from vae_dist.data.prepare.work import Folder, Record
+from vae_dist.data.prepare.work import Record
 from vae_dist.data.source.pieces import Piece
 from vae_dist.data.source.sources import Source
+from vae_dist.data.store.folder import Folder
 from vae_dist.data.store.sequences import Sequences
 from vae_dist.data.store.shards import token_type
 from vae_dist.data.text.special_ids import UNK_ID

@@ -23,8 +23,9 @@ from vae_dist.data.prepare.encode import TOKENIZER_FILE, Encode
 from vae_dist.data.prepare.manifest import make_manifest, no_training_sequence
 from vae_dist.data.prepare.sampling import sample_training_texts
 from vae_dist.data.prepare.tables import write_manifest, write_tables
-from vae_dist.data.prepare.work import Folder, Stages
+from vae_dist.data.prepare.work import Stages
 from vae_dist.data.source.sources import Source
+from vae_dist.data.store.folder import Folder
 from vae_dist.data.text.tokenizer import TRAINED_KINDS, Tokenizer, build_tokenizer
 
 logger = logging.getLogger(__name__)

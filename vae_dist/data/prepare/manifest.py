@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vae_dist.config.credentials import without_credentials
 from vae_dist.data.prepare.lengths import length_facts
 from vae_dist.data.prepare.work import Record
 from vae_dist.data.source.sources import Source
@@ -55,7 +56,7 @@ def make_manifest(
 
 def label(source: Source) -> str:
     """The last part of the source's name."""
-    return Path(source.name.rstrip("/")).name
+    return Path(without_credentials(source.name).rstrip("/")).name
 
 
 def no_training_sequence(source: Source, encoded: Sequence[Record]) -> DataError:

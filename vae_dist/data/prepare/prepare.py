@@ -14,16 +14,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from vae_dist.config.credentials import without_credentials
 from vae_dist.config.load import canonical_json
 from vae_dist.config.schema import PrepareConfig
 from vae_dist.data.prepare.claim import claimed, is_tidy, open_work
 from vae_dist.data.prepare.making import Making
 from vae_dist.data.prepare.manifest import label, report
 from vae_dist.data.prepare.tasks import Progress, Run, Silent, run_here
-from vae_dist.data.prepare.work import Folder, Stages, cannot_write
+from vae_dist.data.prepare.work import Stages, cannot_write
 from vae_dist.data.source.sources import Source, open_source
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.data.store.filesystem import resolve
+from vae_dist.data.store.folder import Folder
 from vae_dist.data.text.tokenizer import TRAINED_KINDS, Tokenizer
 from vae_dist.errors import DataError
 
@@ -117,7 +119,7 @@ def _origin(source: Source, options: PrepareConfig) -> dict[str, Any]:
     is_file = options.tokenizer not in TRAINED_KINDS
     tokenizer = Tokenizer.load(Path(options.tokenizer)).sha256 if is_file else options.tokenizer
     return {
-        "source": source.name,
+        "source": without_credentials(source.name),
         "fingerprint": source.fingerprint,
         "options": options.model_dump(mode="json") | {"tokenizer": tokenizer},
     }

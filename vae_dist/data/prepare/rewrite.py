@@ -24,9 +24,10 @@ from vae_dist.data.prepare.manifest import report
 from vae_dist.data.prepare.tables import write_manifest, write_tables
 from vae_dist.data.prepare.tasks import Silent, run_here
 from vae_dist.data.prepare.texts import SPLITS
-from vae_dist.data.prepare.work import Folder, Record, Stages, cannot_write
+from vae_dist.data.prepare.work import Record, Stages, cannot_write
 from vae_dist.data.store.dataset import Dataset
 from vae_dist.data.store.filesystem import resolve
+from vae_dist.data.store.folder import Folder
 from vae_dist.data.store.shards import token_type
 from vae_dist.errors import ConfigError, DataError
 

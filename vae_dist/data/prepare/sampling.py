@@ -16,9 +16,10 @@ import xxhash
 
 from vae_dist.data.prepare.deduplicate import Drops
 from vae_dist.data.prepare.texts import SPLITS, batches_of
-from vae_dist.data.prepare.work import Folder, Record, Stages
+from vae_dist.data.prepare.work import Record, Stages
 from vae_dist.data.source.pieces import Piece
 from vae_dist.data.source.sources import Source
+from vae_dist.data.store.folder import Folder
 
 # Bounds the memory of the training.
 SAMPLE_CHARACTERS = 1 << 26

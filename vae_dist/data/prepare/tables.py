@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from vae_dist.data.prepare.work import Folder
+from vae_dist.data.store.folder import Folder
 from vae_dist.data.store.shards import FORMAT_VERSION, MemberEntry, ShardEntry
 
 _ARROW_TYPES = {"int": pa.int64(), "str": pa.string()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import fsspec  # type: ignore[import-untyped]
@@ -37,9 +36,7 @@ def resolve(address: str | Path, *, store_attempts: int = 3) -> tuple[fs.FileSys
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         filesystem, inner = _from_fsspec(text)
     except OSError as error:
-        raise DataError(
-            f"{_without_secrets(text)} cannot be reached: {error}. Check the URL, the network and the credentials."
-        ) from None
+        raise DataError(f"{text} cannot be reached: {error}. Check the URL, the network and the credentials.") from None
     if isinstance(filesystem, fs.S3FileSystem):
         filesystem = _impatient(filesystem, store_attempts)
     return filesystem, inner.rstrip("/")
@@ -58,12 +55,6 @@ def _from_fsspec(url: str) -> tuple[fs.FileSystem, str]:
         filesystem, inner = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError, OSError) as error:
         raise DataError(
-            f"{_without_secrets(url)} cannot be opened: {error}. Check the scheme of the URL, or install the package "
-            "that provides it."
+            f"{url} cannot be opened: {error}. Check the scheme of the URL, or install the package that provides it."
         ) from None
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), str(inner)
-
-
-def _without_secrets(url: str) -> str:
-    """A URL as it may be shown: without user and password."""
-    return re.sub(r"://[^/@]*@", "://***@", url)
