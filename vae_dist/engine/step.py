@@ -14,6 +14,7 @@ from vae_dist.data.stream.batch import Batch, Share, collate, micro_batches
 from vae_dist.data.stream.order import mix
 from vae_dist.engine.average import WeightAverage
 from vae_dist.engine.controllers import Controllers
+from vae_dist.engine.gradients import average_gradients, clip_in_update, gradient_norm
 from vae_dist.engine.skip import SkipRule
 from vae_dist.engine.zero import set_learning_rate
 from vae_dist.objective.elbo import ElboTerms, loss_scale
@@ -41,8 +42,10 @@ class TrainStep:
         self.device = next(engine.module.parameters()).device
         self.skip_rule = SkipRule(engine, config.optimizer.skip_above_median)
         self.activity = activity or Activity(Path(config.run.storage), dist.get_rank(), self.device)
+        self._is_whole = engine.zero_optimization_stage() == 0
         # DeepSpeed calls it at the end of its backward pass.
-        engine.allreduce_gradients = self.activity.span("reduce")(engine.allreduce_gradients)
+        reduce = self._reduce_whole if self._is_whole else engine.allreduce_gradients
+        engine.allreduce_gradients = self.activity.span("reduce")(reduce)
         self._stage_zero_norm: torch.Tensor | None = None
 
     def batches(self, share: Share, should_stop: bool) -> tuple[list[Batch], bool]:
@@ -83,7 +86,9 @@ class TrainStep:
             sums = terms if sums is None else sums.plus(terms)
         assert sums is not None
         self._take_turns()
-        self._measure_gradient()
+        if self._is_whole:
+            self._stage_zero_norm = gradient_norm(engine.module.parameters())
+            clip_in_update(engine.optimizer, self._stage_zero_norm, self.config.optimizer.gradient_clip_norm)
         with self.activity.span("optimizer"):
             left_out = self.skip_rule.step(self._stage_zero_norm)
         # What was left out was not trained on; its terms may be NaN, which no factor of 0 removes.
@@ -138,8 +143,7 @@ class TrainStep:
         if aggressive:
             aggressive.after_step(rec + kl_weight * kl, tokens)
 
-    def _measure_gradient(self) -> None:
-        """At ZeRO-0 DeepSpeed clips and forgets the norm; it stays on the device until it is asked for."""
-        if self.engine.zero_optimization_stage() == 0:
-            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            self._stage_zero_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    def _reduce_whole(self) -> None:
+        """Once for all micro-batches: at their last."""
+        if self.engine.is_gradient_accumulation_boundary():
+            average_gradients(self.engine.module.parameters())

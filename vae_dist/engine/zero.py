@@ -46,7 +46,8 @@ def build_engine(
             "train_batch_size": batch_sequences,
             "train_micro_batch_size_per_gpu": batch_sequences // world_size,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": optimizer.gradient_clip_norm,
+            # At stage 0 the step clips (`engine/gradients.py`).
+            "gradient_clipping": optimizer.gradient_clip_norm if cluster.zero_stage else 0.0,
             "zero_optimization": _zero_options(cluster, sum(p.numel() for p in module.parameters())),
             "zero_allow_untested_optimizer": True,
             # torch's fused AdamW runs on processors, too.

@@ -230,7 +230,7 @@ def forecast(config: Config, workload: Workload, device: Device, assumptions: As
             activations=max(0, peak - loss.kept),
             loss=loss.kept + loss.workspace,
             loss_unfused=loss.unfused,
-            buffers=buffer_bytes(sizes, stage, assumptions.workers),
+            buffers=buffer_bytes(sizes, stage),
         )
         for stage in STAGES
     )
@@ -287,7 +287,7 @@ def _may_fit(found: Forecast, config: Config, workers: int) -> bool:
     activations = low + (high - low) * (shape.sequences - 1) / (ends[1].sequences - 1)
     loss, stage = loss_bytes(config, vocab, shape, autocast, gpu), config.cluster.zero_stage
     state = model_state(found.sizes, config.optimizer, stage, workers).total
-    total = state + activations + loss.workspace + buffer_bytes(found.sizes, stage, workers)
+    total = state + activations + loss.workspace + buffer_bytes(found.sizes, stage)
     return total <= USABLE_SHARE * found.device.memory_bytes
 
 

@@ -123,16 +123,16 @@ def model_state(sizes: Sizes, optimizer: OptimizerConfig, stage: int, workers: i
     )
 
 
-def buffer_bytes(sizes: Sizes, stage: int, workers: int) -> int:
+def buffer_bytes(sizes: Sizes, stage: int) -> int:
     """What DeepSpeed needs besides during a step: a bucket, gradients that wait for it, gathered parameters.
 
-    At stage 1 gradients are whole until the last micro-batch; above they leave with each bucket, into whose memory they
-    are copied. ZeRO-3 keeps what it gathered in forward until backward, up to a limit.
+    At stage 0 gradients are reduced where they lie (`engine/gradients.py`). At stage 1 they are whole until the last
+    micro-batch; above they leave with each bucket, into whose memory they are copied. ZeRO-3 keeps what it gathered in
+    forward until backward, up to a limit.
     """
-    bucket = min(sizes.all, BUCKET_ELEMENTS)
     if stage == 0:
-        # All-reduced in flat copies of so many elements.
-        return _FLOAT * min(sizes.trainable, BUCKET_ELEMENTS) if workers > 1 else 0
+        return 0
+    bucket = min(sizes.all, BUCKET_ELEMENTS)
     waiting = sizes.trainable if stage == 1 else 0
     gathered = min(sizes.all, GATHERED_ELEMENTS) if stage == 3 else 0
     return _FLOAT * (bucket + waiting + gathered)
