@@ -36,13 +36,17 @@ def map_texts(dataset_dir: Path, model_dir: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="package")
-def client(ray_cluster: RayCluster, model_dir: Path, map_texts: list[Path]) -> Iterator[httpx.Client]:
-    """A running `vae-dist serve`, stopped with SIGINT at the end."""
+def client(
+    ray_cluster: RayCluster, model_dir: Path, dataset_dir: Path, map_texts: list[Path]
+) -> Iterator[httpx.Client]:
+    """A running `vae-dist serve` of two models, of which tests that name none ask the first; stopped with SIGINT."""
+    export(model_dir.parent / "second", dataset_dir, 6)
     keys = model_dir.parent / "keys"
     keys.write_text(f"# who may ask\ntests:{KEY}\n")
     keys.chmod(0o600)
     texts = [argument for path in map_texts for argument in ("--texts", str(path))]
-    with serving(ray_cluster, str(model_dir), "--keys", str(keys), *texts) as (http, process):
+    models = (str(model_dir), f"second={model_dir.parent / 'second'}")
+    with serving(ray_cluster, *models, "--keys", str(keys), *texts) as (http, process):
         yield http
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)

@@ -129,6 +129,34 @@ FOCUSED = """(selector) => {
 }"""
 
 
+def test_the_model_can_be_chosen_and_links_keep_it(visit: Callable, client: httpx.Client) -> None:
+    first, second = (one["id"] for one in client.get("/v1/models").json()["data"])
+    page = visit().open(f"#gradient?{urlencode({'a': A, 'b': B, 'path': 'linear'})}")
+    shown = texts(page, "#gradient .ribbon li > span:nth-child(2)")
+    chosen = page.get_by_label("Model")
+    expect(chosen).to_have_value(first)
+    chosen.select_option(second)
+    points = post(client, "/v1/interpolate", a=A, b=B, steps=7, model=second)["points"]
+    expect(page.locator("#gradient .ribbon li > span:nth-child(2)")).to_have_text([tidy(p["text"]) for p in points])
+    assert shown != [tidy(p["text"]) for p in points]
+    page.get_by_role("link", name="Health").click()
+    expect(page.locator("#health dd").first).to_have_text(second)
+    page.get_by_role("link", name="Map").click()
+    page.locator("#map .plot").wait_for()
+    with page.expect_response("**/v1/decode") as asked:
+        page.locator("#map svg").click()
+    assert asked.value.request.post_data_json["model"] == second
+    expect(page).to_have_url(re.compile(f"#map.*z=.*model={second}"))
+    # The address alone brings the model back, and a history without one the first.
+    other = visit().open("#" + page.url.partition("#")[2])
+    expect(other.locator("#map .chosen")).to_have_text(texts(page, "#map .chosen")[0])
+    expect(other.get_by_label("Model")).to_have_value(second)
+    for _ in range(3):
+        page.go_back()
+    expect(chosen).to_have_value(first)
+    expect(page.locator("#gradient .ribbon li > span:nth-child(2)")).to_have_text(shown)
+
+
 def test_the_keyboard_is_enough(visit: Callable) -> None:
     page = visit().open()
 

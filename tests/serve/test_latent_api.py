@@ -79,7 +79,7 @@ def test_score_is_the_librarys(client: httpx.Client, model: TextModel) -> None:
 
 
 def test_embeddings_are_posterior_means_in_both_formats(client: httpx.Client, model: TextModel) -> None:
-    (name,) = [one["id"] for one in client.get("/v1/models").json()["data"]]
+    name, _ = [one["id"] for one in client.get("/v1/models").json()["data"]]
     means = torch.stack([text.mean for text in model.encode([A, B])]).numpy()
     answer = post(client, "/v1/embeddings", input=[A, B], model=name)
     np.testing.assert_allclose([one["embedding"] for one in answer["data"]], means, rtol=1e-5, atol=1e-6)

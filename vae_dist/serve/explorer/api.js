@@ -5,7 +5,18 @@ import { keep, recorded, recording } from "./recording.js";
 const dialog = document.querySelector("#key");
 let asked = null;
 
-export async function ask(path, body, signal) {
+// The model that the address names; without one the service takes its first.
+export const chosenModel = () => new URLSearchParams(location.hash.split(/\?(.*)/s)[1] ?? "").get("model") ?? undefined;
+
+// A question as it is sent: to the chosen model, where it is one to a model.
+export function toModel(path, body) {
+  const model = chosenModel();
+  if (!model || !path.startsWith("v1/")) return [path, body];
+  return body ? [path, { ...body, model }] : [`${path}?${new URLSearchParams({ model })}`, body];
+}
+
+export async function ask(question, content, signal) {
+  const [path, body] = toModel(question, content);
   if (recording) return recorded(path, body);
   for (let refused = false; ; refused = true) {
     const answer = await send(path, body, signal);
@@ -20,7 +31,7 @@ export async function ask(path, body, signal) {
   }
 }
 
-async function send(path, body, signal) {
+export async function send(path, body, signal) {
   const headers = body ? { "content-type": "application/json" } : {};
   const key = sessionStorage.getItem("key");
   if (key) headers.authorization = `Bearer ${key}`;

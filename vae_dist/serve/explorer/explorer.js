@@ -2,27 +2,32 @@
 // that links, the back button and a submitted form go the same way.
 
 import { analogy } from "./analogy.js";
+import { chosenModel } from "./api.js";
 import { dimensions } from "./dimensions.js";
 import { element } from "./element.js";
 import { exports } from "./export.js";
 import { gradient } from "./gradient.js";
 import { health } from "./health.js";
 import { map } from "./map.js";
+import { offerModels, showModel } from "./models.js";
 import { recording, visit, visited } from "./recording.js";
 import { wander } from "./wander.js";
 
 const panels = { gradient, wander, analogy, map, dimensions, export: exports, health };
 const ALWAYS = ["map", "export", "health"]; // have nothing that must be filled in
 const running = {};
+let model = chosenModel();
 
+// What is linked from here asks the same model.
 function address(name, values) {
-  const filled = Object.entries(values).filter(([, value]) => value !== "" && value !== undefined);
+  const filled = Object.entries({ ...values, model: chosenModel() }).filter(([, value]) => value !== "" && value !== undefined);
   return `#${name}${filled.length ? `?${new URLSearchParams(filled)}` : ""}`;
 }
 
 function read() {
   const [name, query] = location.hash.slice(1).split(/\?(.*)/s);
-  return { name: Object.hasOwn(panels, name) ? name : "gradient", values: Object.fromEntries(new URLSearchParams(query ?? "")) };
+  const { model: _, ...values } = Object.fromEntries(new URLSearchParams(query ?? ""));
+  return { name: Object.hasOwn(panels, name) ? name : "gradient", values };
 }
 
 function go(name, values) {
@@ -35,14 +40,35 @@ function show() {
   const { name, values } = read();
   for (const other of Object.keys(panels)) document.getElementById(other).hidden = other !== name;
   for (const link of document.querySelectorAll("header nav a")) {
-    if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
+    const to = link.hash.slice(1).split("?")[0];
+    link.setAttribute("href", address(to, {}));
+    if (to === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
+  if (model !== chosenModel()) forget();
   const section = document.getElementById(name);
   document.title = `${section.querySelector("h1").textContent} · Latent space explorer`;
   if (Object.keys(values).length) fill(section.querySelector("form"), values);
   if (Object.keys(values).length || ALWAYS.includes(name)) run(name, section, values);
   else if (recording && visited(name).length) location.replace(visited(name)[0].address);
+}
+
+// What is shown is another model's.
+function forget() {
+  model = chosenModel();
+  for (const name of Object.keys(panels)) {
+    running[name]?.abort();
+    for (const made of document.querySelectorAll(`#${name} .results, #${name} .trail`)) made.replaceChildren();
+  }
+  showModel();
+}
+
+// The same question to another model; a latent would mean nothing there.
+function change(chosen) {
+  const { name } = read(), form = document.querySelector(`#${name} form`);
+  const asked = form && name in running ? Object.fromEntries(new FormData(form)) : {};
+  const query = Object.entries({ ...asked, z: "", model: chosen }).filter(([, value]) => value !== "");
+  location.hash = `#${name}?${new URLSearchParams(query)}`;
 }
 
 function fill(form, values) {
@@ -88,6 +114,7 @@ async function run(name, section, values) {
     const had = results.contains(document.activeElement);
     results.replaceChildren(...made);
     seen(here);
+    offerModels(change);
     // What was focused is gone: the keyboard goes on from here.
     if (had) results.focus();
   } catch (error) {
@@ -156,3 +183,4 @@ document.querySelector("#skip").addEventListener("click", (event) => {
 });
 addEventListener("hashchange", show);
 show();
+offerModels(change);

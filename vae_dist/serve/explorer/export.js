@@ -1,6 +1,6 @@
 // What can be taken away: the map's latents for the Embedding Projector, and what was seen here as one page.
 
-import { ask } from "./api.js";
+import { ask, toModel } from "./api.js";
 import { element } from "./element.js";
 import { recordedLatents } from "./map.js";
 import { onePage } from "./one_page.js";
@@ -36,7 +36,7 @@ async function askAll(latents, most, signal) {
   for (let start = 0; start < latents.length; start += most) {
     const some = latents.slice(start, start + most);
     const { choices } = await ask("v1/decode", { latent: some }, signal);
-    some.forEach((z, i) => keep("v1/decode", { latent: [z] }, { choices: [choices[i]] }));
+    some.forEach((z, i) => keep(...toModel("v1/decode", { latent: [z] }), { choices: [choices[i]] }));
   }
 }
 

@@ -1,6 +1,6 @@
 // Texts around a text or a latent. A step makes a neighbour's latent the centre; the trail leads back.
 
-import { ask } from "./api.js";
+import { ask, chosenModel } from "./api.js";
 import { element, shown } from "./element.js";
 import { pack, unpack } from "./latent.js";
 
@@ -12,7 +12,7 @@ export async function wander({ values, signal, go, address, section }) {
   const centre = z ? { latent: unpack(z) } : { input };
   const body = { ...centre, radius: Number(radius), seed: Number(seed), n: COUNT };
   const { reconstruction, choices } = await ask("v1/neighbors", body, signal);
-  follow({ input, z, text: z ? reconstruction : input });
+  follow({ input, z, text: z ? reconstruction : input, model: chosenModel() });
   section.querySelector(".trail").replaceChildren(crumbs(values, address));
   const rows = choices.map((choice) => {
     const step = () => go({ ...values, z: pack(choice.latent) });
@@ -25,9 +25,9 @@ export async function wander({ values, signal, go, address, section }) {
   ];
 }
 
-// A place that was passed before ends the trail there again; another sentence begins a new one.
+// A place that was passed before ends the trail there again; another sentence or model begins a new one.
 function follow(place) {
-  if (trail.length && trail[0].input !== place.input) trail.length = 0;
+  if (trail.length && (trail[0].input !== place.input || trail[0].model !== place.model)) trail.length = 0;
   const before = trail.findIndex((one) => one.z === place.z);
   trail.splice(before < 0 ? trail.length : before, before < 0 ? 0 : trail.length, place);
 }
