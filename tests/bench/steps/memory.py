@@ -12,12 +12,12 @@ from steps.turn import take_turn
 _STEPS = 6
 
 
-def peak_mebibytes(build: Callable[[], Any]) -> float:
+def peak_mebibytes(build: Callable[[], Any], steps: int = _STEPS) -> float:
     """Highest resident memory while the contender is built and makes a few steps, less what is there before, MiB."""
     before = _status("VmRSS")
     # From here on the kernel counts the peak anew.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    take_turn(build().step, 0.0, _STEPS)
+    take_turn(build().step, 0.0, steps)
     return round((_status("VmHWM") - before) / 1024, 1)
 
 

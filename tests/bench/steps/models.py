@@ -5,7 +5,8 @@ from __future__ import annotations
 LATENT_DIM = 32
 
 
-def _lstm(embedding_dim: int, hidden_dim: int) -> tuple[str, ...]:
+def lstm(embedding_dim: int, hidden_dim: int) -> tuple[str, ...]:
+    """Encoder and decoder of one layer of this width."""
     part = f"{{kind: lstm, hidden_dim: {hidden_dim}}}"
     return f"model.embedding_dim={embedding_dim}", f"model.encoder={part}", f"model.decoder={part}"
 
@@ -17,8 +18,8 @@ def _transformer(width: int, num_layers: int, num_heads: int) -> tuple[str, ...]
 
 MODELS: dict[str, tuple[str, ...]] = {
     # Published size: Bowman 2016, He 2019, Li 2019 on PTB.
-    "lstm_256": _lstm(256, 256),
-    "lstm_1024": _lstm(512, 1024),
+    "lstm_256": lstm(256, 256),
+    "lstm_1024": lstm(512, 1024),
     "transformer_512": _transformer(512, 6, 8),
 }
 """Name -> overrides of `model`."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from vae_dist.config.load import load_config
@@ -33,7 +34,8 @@ class OurRun:
         places = (f"data.dir={data_dir}", f"run.storage={storage}", f"run.name={name}")
         config = load_config(None, [*overrides, f"train.batch_sequences={batch_sequences}", "train.epochs=50", *places])
         plan = plan_run(config, open_training_data([str(data_dir)], config), [str(data_dir)], time.time())
-        claim_run_dir(plan, {})
+        if dist.get_rank() == 0:
+            claim_run_dir(plan, {})
         self.run = start_run(plan, torch.device("cpu"))
         self.dtype: torch.dtype | None = self.run.engine.module.autocast
         self._shares = self.run.stream.shares(0, plan.total_steps)
