@@ -58,7 +58,7 @@ soak: $(VENV)/.installed-test
 bench: $(VENV)/.installed
 	@$(BIN)/python tests/bench/training_speed.py $(ARGS)
 
-# The same, quicker: fails where a ratio fell below the committed one.
+# The same, quicker: fails where a ratio fell more than 15 % below the committed one.
 bench-check: $(VENV)/.installed
 	@$(BIN)/python tests/bench/training_speed.py --no-memory --threads 1 --seconds 4 --batch-sequences 32 --models lstm_256 \
 		transformer_512 --loops loop_fp32 loop_bf16 --check tests/bench/results/training-speed.json $(ARGS)

@@ -29,7 +29,7 @@ def examine() -> dict[str, Any]:
             "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
         },
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "tools": {name: shutil.which(name) for name in ("g++", "ninja", "git", "make")},
+        "tools": {name: shutil.which(name, path=_search_path()) for name in ("g++", "ninja", "git", "make")},
         "ray_token": _token_file(),
     }
     facts["problems"] = _problems(facts)
@@ -53,10 +53,15 @@ def render(facts: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"PROBLEM: {p['what']}\n    fix: {p['fix']}" for p in facts["problems"])])
 
 
+def _search_path() -> str:
+    """PATH as training has it: with this Python's own folder, where .venv is not activated."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
 def _token_file() -> dict[str, str]:
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not path.is_file():
-        return {"state": "none yet: Ray makes one when it starts a local cluster", "mode": ""}
+        return {"state": "none yet: vae_dist makes one when it starts a local cluster", "mode": ""}
     return {"state": f"in {path}", "mode": stat.filemode(path.stat().st_mode)}
 
 
@@ -74,7 +79,7 @@ def _problems(facts: dict[str, Any]) -> list[dict[str, str]]:
     if not facts["tools"]["g++"]:
         problem("There is no g++, and DeepSpeed compiles an extension when it starts.", "Run `apt-get install g++`.")
     if not facts["tools"]["ninja"]:
-        problem("ninja is not on PATH, and DeepSpeed builds with it.", "Activate .venv, or run `pip install ninja`.")
+        problem("ninja is missing, and DeepSpeed builds with it.", "Run `pip install ninja`.")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         problem("Python's headers are missing, and extensions need them.", "Run `apt-get install python3-dev`.")
     if facts["ray_token"]["mode"] and facts["ray_token"]["mode"] != "-rw-------":

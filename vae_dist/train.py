@@ -33,7 +33,7 @@ from vae_dist.observe.versions import versions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 finished (or saved after a signal), 1 failed, 2 the input is wrong."""
+    """The exit status: 0 finished (or saved after a signal), 1 failed, 2 the input is wrong, 130 interrupted."""
     # What was imported by now took seconds, too.
     started_at = psutil.Process().create_time()
     show_log()

@@ -78,7 +78,7 @@ def _parse() -> argparse.Namespace:
                         help=f"some of: {', '.join(CONTENDERS)}")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="short turns over a small corpus: a check, no measurement")
     parser.add_argument("--tokens", type=int, default=_TOKENS, help="the corpus is repeated up to so many")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("VAE_DIST_DATA", "../shared/data")),
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("VAE_DIST_DATA", _ROOT / "../shared/data")),
                         help="folder with multi30k_en and ptb (default $VAE_DIST_DATA)")  # fmt: skip
     parser.add_argument("--cache", type=Path, default=_ROOT / ".bench", help="where everything that is made is kept")
     parser.add_argument("--sabotage", metavar="NAME", help=argparse.SUPPRESS)

@@ -33,6 +33,8 @@ from steps.ours import OurRun  # noqa: E402
 from steps.plain import plain_model  # noqa: E402
 from steps.turn import take_turn  # noqa: E402
 
+from vae_dist.launch.trainer import MALLOC  # noqa: E402
+
 # Nats per sequence by which two estimates from other samples may differ, as a share of their value.
 _TOLERANCE = 0.01
 
@@ -102,4 +104,7 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # As workers on CPUs have it; the allocator reads it when the process starts.
+    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     sys.exit(main())

@@ -163,7 +163,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=5, help="turns of each contender (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="of corpus and sizes (default 1)")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("VAE_DIST_DATA", _ROOT / "../shared/data")),
-                        help="folder with ptb (default $VAE_DIST_DATA); without it docstrings are read")  # fmt: skip
+                        help="folder with ptb (default $VAE_DIST_DATA), which the study corpus needs")  # fmt: skip
     parser.add_argument("--cache", type=Path, default=_ROOT / ".bench", help="where the prepared corpora are kept")
     parser.add_argument("--memory-on", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--member-of", type=Path, help=argparse.SUPPRESS)

@@ -14,7 +14,7 @@ import pytest
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 from support import ROOT, TINY, RayCluster, records, start_command, wait_for
 
-DASHBOARD = json.loads((ROOT / "cluster/grafana.json").read_text())
+DASHBOARD = json.loads((ROOT / "cluster/grafana-training.json").read_text())
 METRIC = re.compile(r"\bray_\w+")
 
 

@@ -55,6 +55,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def test_a_run_across_hosts_is_submitted_from_a_third(
     network: Network, environment: dict[str, str], dataset_dir: Path, tmp_path: Path
 ) -> None:
+    """Protected by `GLOO_SOCKET_IFNAME` in `use_node_interface` (launch/network.py)."""
     head, worker, person = network.add("head"), network.add("worker"), network.add("person")
     # A worker of the run needs a CPU, and each host has one.
     common = ["--num-cpus=1", "--object-store-memory=150000000", "--disable-usage-stats", "--block"]

@@ -27,6 +27,7 @@ TOLERANCE_SECONDS = 3.0
 def test_a_killed_run_knows_what_it_lost(
     ray_cluster: RayCluster, train: Callable[..., Finished], dataset_dir: Path, tmp_path: Path
 ) -> None:
+    """Protected by `_go_on` in `WallTime` (observe/wall_time.py)."""
     settings = [*TINY, f"run.storage={tmp_path}", "run.name=lost", f"data.dir={dataset_dir}", "train.steps=300"]
     settings += ["run.log_every_steps=1", "evaluate.every_steps=50", "run.checkpoint_every_steps=100"]
     settings += ["run.peak_flops=1e9", "cluster.workers=2"]

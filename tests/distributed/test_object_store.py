@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +91,12 @@ def proxy(store: int) -> Iterator[FaultProxy]:
 @pytest.fixture
 def tries(monkeypatch: pytest.MonkeyPatch) -> Callable[[RetryPolicy], None]:
     """Data sets opened from now on are read with this policy."""
-    return lambda policy: monkeypatch.setattr(module, "RangeReader", partial(RangeReader, retry=policy))
+
+    def use(policy: RetryPolicy) -> None:
+        monkeypatch.setattr(module, "_OPENING", policy)
+        monkeypatch.setattr(module, "_READING", policy)
+
+    return use
 
 
 def url(port: int, folder: str = "prepared") -> str:

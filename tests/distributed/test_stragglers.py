@@ -50,6 +50,7 @@ def slow_down(process: int, until: float) -> None:
 
 @pytest.mark.timeout(400)
 def test_a_slow_and_then_stopped_worker_is_named(ray_cluster: RayCluster, dataset_dir: Path, tmp_path: Path) -> None:
+    """Protected by the watchdog that `_start_watchdog` starts (engine/start.py)."""
     settings = [*TINY, f"run.storage={tmp_path}", "run.name=late", f"data.dir={dataset_dir}", "train.steps=1000000"]
     settings += ["run.log_every_steps=20", "evaluate.every_steps=1000000", "run.checkpoint_every_steps=1000000"]
     settings += ["run.trace_steps=[1, 1000000]", f"run.hang_seconds={HANG_SECONDS}", "cluster.workers=2"]

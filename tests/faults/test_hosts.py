@@ -20,6 +20,7 @@ from support import wait_for
 def test_a_host_that_is_cut_off_is_done_without(
     network: Network, dataset_dir: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
+    """Protected by `cluster.min_workers` in `size_worker_group` (launch/cluster.py): one worker goes on alone."""
     token = tmp_path / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)

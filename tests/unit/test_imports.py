@@ -21,7 +21,19 @@ LAYERS = [
     {"data", "model", "objective", "observe"},
     {"evaluate", "decode", "export", "estimate"},
     {"engine"},
-    {"cli", "train", "launch", "serve", "table", "doctor", "plan_command", "__main__", "__init__"},
+    {
+        "cli",
+        "train",
+        "launch",
+        "serve",
+        "table",
+        "doctor",
+        "arguments",
+        "data_command",
+        "plan_command",
+        "__main__",
+        "__init__",
+    },
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

@@ -11,7 +11,7 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 
 # Path, or path::function: the reason it may be longer.
 ALLOWED = {
-    "kernels/vae_kernels/linear_cross_entropy.py::linear_cross_entropy": "most of it documents its twelve arguments",
+    "kernels/vae_kernels/linear_cross_entropy.py::linear_cross_entropy": "most of it documents its fourteen arguments",
 }
 
 

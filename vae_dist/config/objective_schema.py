@@ -25,15 +25,15 @@ class LinearAnnealing(Section):
     start: NonNegativeFloat = 0.0
     """Weight of the KL at step 0."""
     fraction: Fraction = 0.4
-    """Share of the run's steps that this takes; 0: beta from the start."""
+    """Share of the phase's steps that this takes; 0: beta from the start."""
 
 
 class LogisticAnnealing(Section):
-    """beta / (1 + exp(-steepness (t - midpoint))), t the share of the run's steps (Bowman et al. 2016)."""
+    """beta / (1 + exp(-steepness (t - midpoint))), t the share of the phase's steps (Bowman et al. 2016)."""
 
     kind: Literal["logistic"] = "logistic"
     midpoint: Fraction = 0.25
-    """Share of the run's steps at which half of beta is reached."""
+    """Share of the phase's steps at which half of beta is reached."""
     steepness: PositiveFloat = 30.0
     """Slope; at 30, 5 to 95 % takes a fifth of the run."""
 
@@ -76,7 +76,7 @@ class CapacityControl(Section):
     nats: NonNegativeFloat
     """C at the end of its ramp, per sequence."""
     ramp: Fraction = 0.25
-    """Share of the run's steps in which C rises."""
+    """Share of the phase's steps in which C rises."""
 
 
 class PidControl(Section):
@@ -151,7 +151,7 @@ class ObjectiveConfig(Section):
 
 
 class PlateauConfig(Section):
-    """Halve the learning rate and go back to the best weights where validation stops improving (He et al. 2019)."""
+    """Cut the learning rate and go back to the best weights where validation stops improving (He et al. 2019)."""
 
     patience: Positive = 2
     """Validations without improvement."""

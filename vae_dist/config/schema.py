@@ -122,7 +122,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 on GPUs that have it and on processors with AMX or AVX512-BF16, else fp32."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
-    """Backend of the fused loss; `auto`: Triton on GPUs, torch on processors."""
+    """Backend of the fused operations; `auto`: Triton on GPUs, torch on processors."""
     activation_checkpointing: bool = False
     """Recompute Transformer blocks in the backward pass instead of keeping their activations."""
 

@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: DeepSpeed, checkpoints, signals. The only place that imports deepspeed."""
+"""The training loop and what it stands on: DeepSpeed, checkpoints. The only place that imports deepspeed."""

@@ -19,7 +19,7 @@ from vae_dist.observe.console import say
 
 @dataclass(frozen=True)
 class Question:
-    """What the command was asked; None is the default of the field.
+    """What the command was asked; None: not said.
 
     Attributes:
         device: a name of `estimate/devices.py`; None: what this machine has.

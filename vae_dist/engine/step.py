@@ -1,4 +1,4 @@
-"""One optimizer step on one rank: micro-batches forward and backward, then DeepSpeed's update."""
+"""One optimizer step on one rank: micro-batches forward and backward, then the update."""
 
 from __future__ import annotations
 

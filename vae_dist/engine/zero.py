@@ -36,7 +36,7 @@ def build_engine(
     """Wrap the objective in a DeepSpeed engine with AdamW or SGD.
 
     Every DeepSpeed default that changed between 0.19 releases is set here. Accumulation boundaries and the
-    learning rate are set by the loop at each step.
+    learning rate are set by `step.py`.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     engine, *_ = deepspeed.initialize(

@@ -1,4 +1,7 @@
-"""Seconds of a step and its parts, and the bytes that it sends. Nothing overlaps, as the engine is configured.
+"""Seconds of a step and its parts, and the bytes that it sends.
+
+Nothing overlaps, as is the default; what `cluster.overlap_communication`, hpZ and quantised communication save or need
+is not estimated.
 
 A ring of N workers moves (N - 1) / N of its bytes once for a gather or a scatter, and twice for an all-reduce (Thakur
 et al. 2005, section 4). `tests/distributed/test_state_bytes.py` counts what real steps send.

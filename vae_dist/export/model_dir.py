@@ -49,6 +49,7 @@ class LoadedModel:
 
     @property
     def max_tokens(self) -> int:
+        """Longest text in tokens, end of sequence counted."""
         return int(self.info["max_tokens"])
 
 

@@ -1,7 +1,7 @@
 """Asking a run to stop: a signal to the driver sets a flag that the workers see at their next step.
 
-Ray ends a driver on SIGTERM and aborts a training on SIGINT, without a checkpoint in either case, so the
-driver's main thread owns both signals while `fit` runs in another thread.
+Ray ends a driver on SIGTERM, and SIGINT would break off its wait for the workers, without a checkpoint in either case,
+so the driver's main thread owns both signals while another thread waits for the workers.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class StopFlag:
         self._raised, self._nodes, self._told = False, set[str](), list[str]()
 
     def put_up(self) -> None:
+        """Ask all workers to save and end."""
         self._raised = True
 
     def is_up(self, node: str) -> bool:
@@ -38,6 +39,7 @@ class StopFlag:
         return self._raised
 
     def tell(self, message: str) -> None:
+        """A message for the driver."""
         self._told.append(message)
 
     def news(self) -> tuple[set[str], list[str]]:
@@ -60,6 +62,7 @@ class StopPoller:
         threading.Thread(target=self._poll, name="stop-poller", daemon=True).start()
 
     def __call__(self) -> bool:
+        """Whether the flag was up when it was last read."""
         return self._raised
 
     def _poll(self) -> None:
@@ -81,6 +84,7 @@ class ToDriver(logging.Handler):
         self._flag = flag
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Told to the driver, with the host."""
         self._flag.tell.remote(f"warning: {record.getMessage()} (on {socket.gethostname()})")
 
 

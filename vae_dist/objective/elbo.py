@@ -51,10 +51,10 @@ class ElboTerms(NamedTuple):
 def loss_scale(world_size: int, real_sequences: int) -> float:
     """world_size / B_real.
 
-    DeepSpeed averages gradients over ranks; multiplying a rank's sum by world_size / B_real makes that average
-    the gradient of the mean over the B_real sequences of the global batch. B_real follows from the step, so
-    no reduction is needed, and ZeRO stage, world size and accumulation leave the gradient unchanged. The
-    engine's own division by accumulation steps is switched off (`scale_wrt_gas=False`).
+    Gradients are averaged over ranks (`engine/gradients.py`, above ZeRO 0 by DeepSpeed); multiplying a rank's sum by
+    world_size / B_real makes that average the gradient of the mean over the B_real sequences of the global batch.
+    B_real follows from the step, so no reduction is needed, and ZeRO stage, world size and accumulation leave the
+    gradient unchanged. The engine's own division by accumulation steps is switched off (`scale_wrt_gas=False`).
     """
     return world_size / real_sequences
 

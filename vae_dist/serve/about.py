@@ -33,6 +33,13 @@ async def _models(request: Request) -> Models:
 Responses = dict[int | str, dict[str, Any]]
 Here = Annotated[Models, Depends(_models)]
 UNKNOWN_MODEL: Responses = {404: {"description": "There is no model of that name; the message lists them."}}
+# What computes may also be told by who stands before it (guard, gate, Ray's proxy).
+OF_WORK: Responses = {
+    **UNKNOWN_MODEL,
+    429: {"description": "There is no room at present, or the key's rate is spent; see Retry-After."},
+    503: {"description": "The service is stopping, or the model's thread has ended."},
+    504: {"description": "It took longer than the service's limit."},
+}
 
 
 @router.get("/", include_in_schema=False)

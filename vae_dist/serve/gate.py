@@ -1,4 +1,4 @@
-"""What every request passes first: it is counted, limited in time, and refused while the replica ends."""
+"""What every request to `/v1/` passes first: it is counted, limited in time, and refused while the replica ends."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Guard:
         seconds = self._seconds_to_wait(owner)
         if seconds:
             limit = f"{self._access.requests_per_minute} requests a minute"
-            return 429, f"{limit} are the limit of this key. Ask again later.", {"Retry-After": str(math.ceil(seconds))}
+            return 429, f"{limit} are the limit here. Ask again later.", {"Retry-After": str(math.ceil(seconds))}
         return None
 
     def _seconds_to_wait(self, owner: str) -> float:

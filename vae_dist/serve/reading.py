@@ -9,7 +9,7 @@ import time
 import torch
 from fastapi import APIRouter
 
-from vae_dist.serve.about import UNKNOWN_MODEL, Here
+from vae_dist.serve.about import OF_WORK, Here
 from vae_dist.serve.request_schemas import EmbeddingsRequest, EncodeRequest, ScoreRequest
 from vae_dist.serve.response_schemas import (
     Embedding,
@@ -22,7 +22,7 @@ from vae_dist.serve.response_schemas import (
 )
 
 _LARGEST_EXPONENT = 700.0
-router = APIRouter(responses=UNKNOWN_MODEL)
+router = APIRouter(responses=OF_WORK)
 
 
 @router.post("/v1/encode")

@@ -12,7 +12,7 @@ from vae_dist.serve.api import build_api
 API_MD = Path(__file__).with_name("API.md")
 _INTRODUCTION = """# The HTTP interface
 
-Written by `python -m vae_dist.serve.reference` from the schemas; do not edit. The same as OpenAPI: `/openapi.json`.
+Written by `python -m vae_dist.serve.reference` from the schemas; do not edit. Fields are OpenAPI's: `/openapi.json`.
 Every body is JSON; unknown fields are refused. Where the service has keys, send `Authorization: Bearer KEY`.
 
 With `"stream": true` the answer is server-sent events, each a line `data: {...}`; the last is `data: [DONE]`. The

@@ -311,6 +311,6 @@ class InfoResponse(Response):
 
 
 class Health(Response):
-    """Answer of /healthz."""
+    """Answer of /healthz and /readyz."""
 
     status: Literal["ok"] = "ok"

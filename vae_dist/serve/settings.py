@@ -25,6 +25,7 @@ class ServiceConfig(Section):
     texts: Annotated[list[Name], Field(default_factory=list)]
     """Data set directories, or their URLs, whose validation texts the map shows to whoever may ask."""
     min_replicas: Positive = 1
+    """As many are always there."""
     max_replicas: Positive = 1
     """Above min_replicas: as many as `target_requests` asks for."""
     target_requests: Positive = 32
@@ -34,7 +35,8 @@ class ServiceConfig(Section):
     downscale_delay_s: NonNegativeFloat = 600.0
     """How long fewer must have been enough before one is ended, which finishes what it has."""
     threads: Positive | None = None
-    """Of a replica, which asks Ray for as many CPUs. Default: its machine's cores by max_replicas, asking for one."""
+    """Threads of a replica; it asks Ray for as many CPUs. Default: the machine's cores divided by max_replicas, with
+    one CPU of Ray's."""
     gpus: NonNegativeFloat = 0.0
     """Of a replica; without any it computes on its CPUs."""
     slots: Positive = SLOTS
@@ -44,13 +46,13 @@ class ServiceConfig(Section):
     token_budget: Positive | None = None
     """Most tokens that all rows of a model may still ask for. Default: what fills slots and queue."""
     request_timeout_s: PositiveFloat = 60.0
-    """No request lives longer, streams included: then 504. So long a model or replica that is replaced lives on."""
+    """No request lives longer, streams included: then 504. A model or replica that is replaced lives on for as long."""
     reload_every_s: PositiveFloat = 2.0
     """How often a replica looks whether a model's directory has another export."""
     keys: Name | None = None
     """A file of NAME:KEY lines, mode 0600; without one the environment variable VAE_DIST_API_KEYS is read."""
     requests_per_minute: Positive | None = None
-    """Of each key at one replica. Default: no limit."""
+    """Of each key at one replica, without keys of all callers together. Default: no limit."""
 
     @model_validator(mode="after")
     def _replicas_are_a_range(self) -> Self:
@@ -63,7 +65,9 @@ class ServeConfig(ServiceConfig):
     """serve.yaml of `vae-dist serve`."""
 
     host: Name = "127.0.0.1"
+    """Address to listen on; another than loopback needs keys."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """TCP port to listen on."""
 
 
 def named_models(given: Sequence[str]) -> dict[str, str]:

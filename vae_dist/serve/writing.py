@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from vae_dist.decode.request import Decoding, Generated
 from vae_dist.decode.request import Request as Row
-from vae_dist.serve.about import UNKNOWN_MODEL, Here, Responses
+from vae_dist.serve.about import OF_WORK, Here, Responses
 from vae_dist.serve.events import MEDIA_TYPE, answer_with, in_order, pieces
 from vae_dist.serve.models import Models, ServedModel
 from vae_dist.serve.request_schemas import (
@@ -45,11 +45,7 @@ from vae_dist.serve.response_schemas import (
     TraverseResponse,
 )
 
-_OVERLOADED: Responses = {
-    429: {"description": "There is no room at present, or the key's rate is spent; see Retry-After."}
-}
-_LATE: Responses = {504: {"description": "It took longer than the service's limit."}}
-router = APIRouter(responses={**UNKNOWN_MODEL, **_OVERLOADED, **_LATE})
+router = APIRouter(responses=OF_WORK)
 
 
 def _streamed(event: type[BaseModel]) -> Responses:

@@ -24,6 +24,7 @@ def add_table_command(commands: Any) -> None:
 
 
 def table(args: argparse.Namespace) -> dict[str, Any]:
+    """`table`: make it, list how far it is, or print it."""
     # Metrics bring TensorBoard, which takes seconds to import: not for another command.
     from vae_dist.table.jobs import load_table
     from vae_dist.table.make import list_states, make_table, print_markdown

@@ -25,6 +25,7 @@ class Row(Section):
 
     @property
     def slug(self) -> str:
+        """The method's name in paths and on the command line."""
         return slug(self.method)
 
 

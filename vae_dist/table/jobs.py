@@ -34,18 +34,22 @@ class Job:
 
     @property
     def label(self) -> str:
+        """For people."""
         return f"{self.row.method}, seed {self.seed}"
 
     @property
     def folder(self) -> str:
+        """Of its files, beside the table's results."""
         return f"{self.row.slug}-seed{self.seed}"
 
     @property
     def run_dir(self) -> Path:
+        """Where it is trained."""
         return Path(self.config.run.storage).resolve() / str(self.config.run.name)
 
     @property
     def has_latent(self) -> bool:
+        """False of a language model."""
         return self.config.model.latent != "none"
 
     @property
@@ -70,6 +74,7 @@ class Table:
 
     @property
     def name(self) -> str:
+        """The file's, without its ending."""
         return table_name(self.path)
 
     def jobs_of(self, methods: Sequence[str]) -> list[Job]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-LATENT_DIM = 32
-
 
 def lstm(embedding_dim: int, hidden_dim: int) -> tuple[str, ...]:
     """Encoder and decoder of one layer of this width."""

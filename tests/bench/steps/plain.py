@@ -1,7 +1,7 @@
 """The training loop that a user of PyTorch would write: shuffled padded batches, nn.LSTM or a Transformer block,
 F.cross_entropy over all logits, AdamW; in fp32 or under bf16 autocast, compiled or not.
 
-Same model, same loss and same optimizer as ours, from the same weights: `gate.py` compares the losses.
+Same model and same loss as ours, from the same weights (`gate.py` compares the losses); AdamW with a user's settings.
 
 Shapes: B sequences, T positions, E embedding, W width, N heads, D latent, V vocabulary.
 """

@@ -73,7 +73,7 @@ def _files_in(filesystem: fs.FileSystem, folder: str, name: str, options: Prepar
             break
     else:
         raise DataError(
-            f"{name} holds no file of a known kind ({', '.join(_FORMAT_OF_SUFFIX)}; text and JSONL also with .gz). "
+            f"{name} holds no file of a known kind ({', '.join(_FORMAT_OF_SUFFIX)}; all but Parquet also with .gz). "
             "Files called train, valid and test are used as the splits."
         )
     splits = {info.path: _split_of(info.path) for info in known}

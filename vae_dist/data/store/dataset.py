@@ -26,11 +26,14 @@ from vae_dist.data.store.agreement import disagreements, manifest_faults, table_
 from vae_dist.data.store.filesystem import resolve
 from vae_dist.data.store.range_cache import RangeCache
 from vae_dist.data.store.ranges import RangeReader
+from vae_dist.data.store.retry import RetryPolicy
 from vae_dist.data.store.shards import FORMAT_VERSION, Decoder, hash_file, payload_schema
 from vae_dist.data.store.split import Damage, Split
 from vae_dist.data.text.tokenizer import Tokenizer
 from vae_dist.errors import DataError
 
+# Where a store does not answer when it is opened its address is often wrong; later it is likely to come back.
+_OPENING, _READING = RetryPolicy(attempts=8), RetryPolicy()
 # What arrives with another hash than it should have is fetched once more.
 _TRANSFERS = 2
 _PREPARE_HINT = "Make one with `vae-dist data prepare SOURCE OUT`."
@@ -51,7 +54,7 @@ class Dataset:
         """See `open`."""
         self.filesystem, self.path = filesystem, path
         self.manifest, self.manifest_hash = manifest, manifest_hash
-        reader = RangeReader(filesystem, path)
+        reader = RangeReader(filesystem, path, retry=_OPENING)
         self.tokenizer = open_tokenizer(reader, manifest)
         self.index = open_table(reader, "index", manifest)
         self.shards = open_table(reader, "shards", manifest)
@@ -107,7 +110,7 @@ class Dataset:
             self.shards.slice(first_shard, facts[name]["shards"]),
             self.index,
             Decoder(payload_schema(vocab_size, self.manifest["tokenizer_sha256"]), vocab_size),
-            RangeReader(self.filesystem, self.path, cache),
+            RangeReader(self.filesystem, self.path, cache, _READING),
             damage or Damage(),
         )
 
@@ -119,9 +122,9 @@ def read_manifest(filesystem: fs.FileSystem, inner: str, path: str) -> bytes:
         DataError: there is no such directory, or no manifest in it; what to do about it.
     """
     try:
-        return b"".join(RangeReader(filesystem, inner).chunks("manifest.json"))
+        return b"".join(RangeReader(filesystem, inner, retry=_OPENING).chunks("manifest.json"))
     except (FileNotFoundError, NotADirectoryError):
-        if not _is_there(RangeReader(filesystem, inner)):
+        if not _is_there(RangeReader(filesystem, inner, retry=_OPENING)):
             raise DataError(f"There is no data set directory {path}. {_PREPARE_HINT}") from None
         raise DataError(
             f"{path} has no manifest.json, so it is no finished data set: a prepare that was interrupted leaves "
@@ -165,7 +168,7 @@ def parse_manifest(raw: bytes, path: str) -> dict[str, Any]:
 
 def _check_shards(dataset: Dataset) -> None:
     """Every shard is there with the size it had when it was written."""
-    found = RangeReader(dataset.filesystem, dataset.path).sizes()
+    found = RangeReader(dataset.filesystem, dataset.path, retry=_OPENING).sizes()
     names, sizes = (dataset.shards.column(c).to_pylist() for c in ("name", "bytes"))
     for name, size in zip(names, sizes, strict=True):
         if name not in found:

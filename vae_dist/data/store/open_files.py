@@ -17,9 +17,11 @@ _REMOTE_FILES = 16_384
 class File(Protocol):
     """The part of pyarrow's NativeFile that is used here; both methods may be called by several threads."""
 
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Bytes."""
 
-    def read_at(self, nbytes: int, offset: int) -> bytes: ...
+    def read_at(self, nbytes: int, offset: int) -> bytes:
+        """At most so many bytes from there."""
 
 
 class _LocalFile:

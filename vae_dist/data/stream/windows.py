@@ -57,13 +57,24 @@ class Windows(Protocol):
     """What a stream needs to know of the order; one OrderSpec a data set."""
 
     @property
-    def specs(self) -> Sequence[OrderSpec]: ...
+    def specs(self) -> Sequence[OrderSpec]:
+        """One for each data set."""
+
     @property
-    def steps_per_epoch(self) -> int: ...
-    def real_sequences(self, step: int) -> int: ...
-    def locate(self, step: int) -> tuple[WindowKey, int]: ...
-    def pieces(self, key: WindowKey, stream: int) -> list[Piece]: ...
-    def groups(self, key: WindowKey, lengths: np.ndarray) -> Groups: ...
+    def steps_per_epoch(self) -> int:
+        """Batches that the data sets fill once."""
+
+    def real_sequences(self, step: int) -> int:
+        """Sequences of the global batch that are no padding."""
+
+    def locate(self, step: int) -> tuple[WindowKey, int]:
+        """The window of a step, and the step's number in it."""
+
+    def pieces(self, key: WindowKey, stream: int) -> list[Piece]:
+        """What a stream reads for a window."""
+
+    def groups(self, key: WindowKey, lengths: np.ndarray) -> Groups:
+        """A stream's part of each batch of a window, by the lengths of what it read."""
 
 
 class EpochWindows:
