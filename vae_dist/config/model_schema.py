@@ -148,7 +148,9 @@ class ModelConfig(Section):
     freeze_embeddings: bool = False
     """Keep the embeddings as they start."""
     encoder: Backbone = LstmConfig()
+    """What reads the text, by its `kind`."""
     decoder: Backbone = LstmConfig()
+    """What writes it."""
     bidirectional: bool = False
     """LSTM encoder: read the sequence in both directions."""
     teacher_forcing: bool = True
@@ -158,7 +160,9 @@ class ModelConfig(Section):
     latent_dim: Positive = 32
     """D, dimensions of z."""
     posterior: Posterior = GaussianConfig()
+    """q(z | x), by its `kind`."""
     prior: Prior = StandardPriorConfig()
+    """p(z), by its `kind`."""
     sampling_components: NonNegative = 0
     """After training fit a mixture of so many Gaussians to the latents of the training split by EM, and sample from
     it in place of the prior (Ghosh et al. 2020); 0 is off."""

@@ -128,6 +128,7 @@ class ObjectiveConfig(Section):
     beta: NonNegativeFloat = 1.0
     """Weight of the KL after the annealing."""
     annealing: Annealing = LinearAnnealing()
+    """How the KL gets its weight, by its `kind`."""
     free_bits: Literal["none", "dimension", "sequence", "batch_dimension", "batch_sequence"] = "dimension"
     """The KL counts at least `free_bits_nats`: in each dimension of each latent (Li et al. 2019), in each sequence,
     in each dimension on average over the global batch (Kingma et al. 2016), or in all on average over it."""
@@ -172,13 +173,17 @@ class OptimizerConfig(Section):
     schedule: Literal["cosine", "constant", "plateau"] = "cosine"
     """After the warm-up: half a cosine, constant, or cut where validation stops improving."""
     plateau: PlateauConfig = PlateauConfig()
+    """Of the schedule `plateau`."""
     min_learning_rate_ratio: Fraction = 0.05
     """The cosine ends at this share of the peak."""
     warmup_steps: NonNegative = 200
     """Steps of linear warm-up."""
     beta1: Share = 0.9
+    """AdamW's decay of the first moment."""
     beta2: Share = 0.99
+    """AdamW's decay of the second moment."""
     epsilon: PositiveFloat = 1e-8
+    """Added to the root of AdamW's second moment."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay on matrices (not on biases, norms and embeddings)."""
     gradient_clip_norm: NonNegativeFloat = 5.0

@@ -86,6 +86,7 @@ class DataConfig(Section):
     """Data set directories of one tokenizer and their weights, as shares of sequences: {a: 0.7, b: 0.3}. The first
     is the one that is validated on. When given, `source` is not read."""
     prepare: PrepareConfig = PrepareConfig()
+    """How `source` is prepared."""
     streams: Positive = 8
     """Canonical streams S: the number of workers must divide it and it must divide the global batch."""
     length_groups: Positive | None = None
