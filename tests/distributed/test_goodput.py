@@ -23,6 +23,7 @@ from vae_dist.observe.wall_time import PARTS
 TOLERANCE_SECONDS = 3.0
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_killed_run_knows_what_it_lost(
     ray_cluster: RayCluster, train: Callable[..., Finished], dataset_dir: Path, tmp_path: Path

@@ -48,6 +48,7 @@ def slow_down(process: int, until: float) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_slow_and_then_stopped_worker_is_named(ray_cluster: RayCluster, dataset_dir: Path, tmp_path: Path) -> None:
     """Protected by the watchdog that `_start_watchdog` starts (engine/start.py)."""

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from faults.ledgers import require_exact, steps_of, times_made
 from faults.runs import SETTINGS
 from support import RayCluster, records, run_command, wait_for
@@ -16,6 +17,7 @@ from support import RayCluster, records, run_command, wait_for
 STEPS = 400
 
 
+@pytest.mark.long
 def test_a_stopped_job_saves_and_the_same_command_goes_on(
     ray_cluster: RayCluster, dataset_dir: Path, tmp_path: Path
 ) -> None:

@@ -49,7 +49,8 @@ def wait_for_workers(run: Run, count: int, seconds: float = 120) -> int:
     pytest.fail(f"no {count} workers after {seconds} s:\n{run.err}")
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.timeout(600)
 def test_nodes_drain_come_and_die(
     stage: int,

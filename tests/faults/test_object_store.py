@@ -49,6 +49,7 @@ def kept(bucket: fs.FileSystem, name: str) -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_store_that_is_away_for_a_minute_costs_no_step(
     start_run: StartRun, proxy: FaultProxy, bucket: fs.FileSystem, undisturbed: Run
@@ -68,6 +69,7 @@ def test_a_store_that_is_away_for_a_minute_costs_no_step(
     assert list((run.path / "checkpoints").iterdir()) == [], "the disk is scratch"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_run_that_lost_its_disk_goes_on_from_the_store_and_not_from_what_is_torn(
     start_run: StartRun, proxy: FaultProxy, bucket: fs.FileSystem, undisturbed: Run

@@ -27,6 +27,7 @@ def small_disk(tmp_path: Path) -> Iterator[Disk]:
         yield one
 
 
+@pytest.mark.long
 def test_a_full_disk_costs_checkpoints_and_no_step(
     start_run: StartRun, small_disk: Disk, undisturbed: Run, dataset_dir: Path
 ) -> None:
@@ -47,6 +48,7 @@ def test_a_full_disk_costs_checkpoints_and_no_step(
     assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["step-00000380", "step-00000400"]
 
 
+@pytest.mark.long
 def test_a_disk_that_stays_full_ends_the_run_where_it_can_be_resumed(
     start_run: StartRun, small_disk: Disk, undisturbed: Run
 ) -> None:
@@ -65,6 +67,7 @@ def test_a_disk_that_stays_full_ends_the_run_where_it_can_be_resumed(
     assert run.losses() == undisturbed.losses()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(500)
 def test_a_checkpoint_that_one_rank_did_not_finish_is_not_one(
     start_run: StartRun, dataset_dir: Path, storage: Path
@@ -117,6 +120,7 @@ def is_whole(file: Path) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_a_damaged_newest_checkpoint_is_passed_over(
     start_run: StartRun, undisturbed: Run, dataset_dir: Path, storage: Path
 ) -> None:

@@ -48,6 +48,7 @@ def last_line(text):
     return json.loads(text.strip().splitlines()[-1])
 
 
+@pytest.mark.long
 def test_report_of_a_run(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "run.py"), "--json", "--device", "cpu", "--shapes", "70,16,130"]
     command += ["--repeats", "3", "--only", "eager_fp32", "eager_bf16", "ours_fp32", "--tasks", "mean"]

@@ -98,6 +98,7 @@ PASSES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype, options", PASSES, ids=str)
 def test_compiled_passes(dtype, options, compiled):
     options = dict(options)
@@ -111,6 +112,7 @@ def test_compiled_passes(dtype, options, compiled):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
 
 
+@pytest.mark.long
 def test_many_variants_stay_compiled(compiled, monkeypatch):
     """torch.compile gives up, and says so in its own log only, on a function that it has compiled eight times."""
     runs = []

@@ -34,6 +34,7 @@ def test_extreme_words_map_into_the_interval():
     assert positive.tolist() == [2.0**-32, 2.0**-32, 0.5, 1.0]
 
 
+@pytest.mark.long
 def test_normals_are_standard_and_independent():
     noise_KBD = philox_normal(RNG, torch.arange(500), 64, num_samples=4, stream=0).double()
     flat = noise_KBD.flatten()

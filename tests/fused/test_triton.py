@@ -28,9 +28,11 @@ def test_kernels_against_float64():
     run_suite("triton_suite.py", interpret=not torch.cuda.is_available())
 
 
+@pytest.mark.long
 def test_word_and_segment_kernels_against_float64():
     run_suite("triton_words_suite.py", interpret=not torch.cuda.is_available())
 
 
+@pytest.mark.long
 def test_kernels_compile_for_every_architecture():
     run_suite("compile_suite.py", interpret=False)

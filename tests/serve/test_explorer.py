@@ -226,6 +226,7 @@ def test_what_goes_wrong_is_said_in_words(visit: Callable) -> None:
     one.complaints.clear()  # Chromium's own, on answers of 4xx and the lost request
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
 def test_the_page_fits_and_its_text_stands_out(visit: Callable, tmp_path: Path, width: int, scheme: str) -> None:
     """Screenshots stay in pytest's folder. 4.5 is what WCAG 2.2 asks of text, success criterion 1.4.3."""

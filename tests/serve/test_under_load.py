@@ -22,6 +22,7 @@ import pytest
 from service import events, export, load, measured, replica_names, serving
 from support import ray_head, wait_for
 
+pytestmark = pytest.mark.long
 SLOTS, QUEUE, REPLICAS, LIMIT_S = 2, 10, 2, 6.0
 # What may come on top of the limit: a client's own time, on cores that it shares with the service.
 CLIENT_S = 4.0
@@ -201,7 +202,6 @@ def test_a_replica_that_is_killed_takes_only_its_own_requests_with_it(service: S
     wait_for(lambda: len(replica_names(service.http)) == REPLICAS, 90, "another replica")
 
 
-@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_memory_stays_flat_over_twenty_thousand_requests(service: Service) -> None:
     def ask(count: int) -> list[float]:

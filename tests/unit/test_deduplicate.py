@@ -108,6 +108,7 @@ def test_short_texts_and_punctuation() -> None:
     assert not (same[4] == same[5]).all(axis=-1).any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("group_bytes", [200, 2000, 1 << 20])
 def test_near_duplicates_are_dropped(tmp_path: Path, group_bytes: int) -> None:
     """What a plain loop over the keys drops: a text of which an earlier one, kept or not, has a key."""

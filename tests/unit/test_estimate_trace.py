@@ -162,6 +162,7 @@ def most_at_once(step: RealStep) -> int:
     return most
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", ["lstm", "transformer", "transformer, recomputed"])
 def test_the_peak_is_that_of_the_allocator(case: str, precision: str) -> None:

@@ -145,6 +145,7 @@ def gradients(vae: TextVAE, estimator: str, samples: int, beta: float, repeats: 
     return {name: torch.stack(rows) for name, rows in found.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("beta", [1.0, 0.3])
 def test_the_doubly_reparameterised_gradient_is_unbiased_and_has_less_variance(beta: float) -> None:
     vae, repeats = make_vae(), 300

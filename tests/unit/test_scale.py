@@ -102,6 +102,7 @@ def test_sixteen_thousand_ranks_on_a_trillion_tokens(huge: Path) -> None:
     assert len(runs) < 100
 
 
+@pytest.mark.long
 def test_a_sample_of_the_ranks_holds_every_sequence_once(huge: Path) -> None:
     config = load_config(None, [f"data.streams={RANKS}", f"train.batch_sequences={4 * RANKS}"])
     dataset = Dataset.open(huge, check_shards=False)

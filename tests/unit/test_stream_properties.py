@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,6 +89,7 @@ def test_one_data_set(spec: OrderSpec, data: st.DataObject) -> None:
     assert [batch for piece in pieces for batch in piece] == whole
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(specs(smallest=2), st.lists(st.floats(0.01, 100.0), min_size=1, max_size=4), st.data())
 def test_a_mixture(spec: OrderSpec, weights: list[float], data: st.DataObject) -> None:

@@ -102,6 +102,7 @@ def test_byte_level_round_trips_any_text(byte_level: Tokenizer, texts: list[str]
     assert [byte_level.decode(ids) for ids in byte_level.encode_batch(texts)] == texts
 
 
+@pytest.mark.long
 def test_a_line_of_ten_megabytes(byte_level: Tokenizer) -> None:
     """One word of that length takes linear time; merging or searching it in quadratic time would take hours."""
     text = "the永" * 1_666_666
