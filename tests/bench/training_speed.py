@@ -44,7 +44,7 @@ LOOPS = {
     "loop_bf16_compiled": (torch.bfloat16, True),
 }
 """Name -> autocast dtype, and whether it is compiled."""
-_SPLIT_STEPS, _MIN_STEPS = 8, 4
+_SPLIT_STEPS, _MIN_STEPS = 8, 2
 
 
 def main() -> int:

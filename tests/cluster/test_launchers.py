@@ -159,5 +159,5 @@ def test_no_file_of_the_cluster_holds_a_secret() -> None:
 def test_the_readme_names_every_file_and_no_other() -> None:
     text = (CLUSTER / "README.md").read_text()
     there = {str(path.relative_to(CLUSTER)) for path in CLUSTER.rglob("*") if path.is_file()}
-    named = set(re.findall(r"cluster/((?:kuberay/)?[\w.]+\.(?:yaml|sh|json)|Dockerfile)\b", text))
+    named = set(re.findall(r"cluster/((?:kuberay/)?[\w.-]+\.(?:yaml|sh|json)|Dockerfile)\b", text))
     assert named == there - {"README.md", "Dockerfile.dockerignore"}

@@ -30,6 +30,7 @@ def holders(folder: Path, needles: list[str]) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_a_run_leaves_no_secret_anywhere(
     ray_cluster: RayCluster, train: Callable[..., Finished], dataset_dir: Path, s3_port: int, tmp_path: Path
 ) -> None:
