@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from pyarrow import fs
 from support import TINY, Finished, RayCluster
 
