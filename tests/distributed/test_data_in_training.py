@@ -29,6 +29,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
+@pytest.mark.long
 def test_a_shard_that_disappears_ends_the_run_on_all_ranks(
     ray_cluster: RayCluster, prepared: Path, tmp_path: Path
 ) -> None:
@@ -49,6 +50,7 @@ def test_a_shard_that_disappears_ends_the_run_on_all_ranks(
     print(f"\nthe run ended {time.monotonic() - lost_at:.1f} s after the shards were gone")
 
 
+@pytest.mark.long
 def test_damage_is_skipped_within_its_budget_and_reported(
     train: Callable[..., Finished], prepared: Path, tmp_path: Path
 ) -> None:

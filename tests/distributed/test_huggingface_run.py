@@ -17,6 +17,7 @@ from vae_dist.export.model_dir import load_model
 from vae_dist.model.huggingface_checkpoint import with_architectures
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_run_from_checkpoints_trains_and_exports_a_model_of_its_own(tmp_path: Path, stage: int) -> None:
     write_dataset(tmp_path / "data", {"train": some_rows(200, 0), "valid": some_rows(20, 1)}, word_tokenizer())

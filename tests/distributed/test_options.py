@@ -159,6 +159,7 @@ def tail(curve: np.ndarray) -> float:
     return float(curve[-5:].mean())
 
 
+@pytest.mark.long
 def test_without_a_remedy_the_posterior_collapses_and_it_is_said(quick: Runs) -> None:
     control = quick["control"]
     assert tail(control.curve("kl_per_seq")) < 0.1

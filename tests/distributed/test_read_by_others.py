@@ -34,6 +34,7 @@ print(json.dumps(sorted(rows)))
 """
 
 
+@pytest.mark.long
 def test_ray_data_reads_shards(tmp_path: Path) -> None:
     lines = [" ".join([f"n{i}", *["word"] * (i % 9)]) for i in range(300)]
     (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")

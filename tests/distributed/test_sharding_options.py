@@ -67,6 +67,7 @@ def storage(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return storage
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", [name for name in CASES if name != "plain"])
 def test_the_losses_are_those_of_the_plain_run(name: str, storage: Path) -> None:

@@ -17,7 +17,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from vae_dist.engine.skip import SkipRule
 
 
-@pytest.mark.parametrize(("stage", "optimizer"), [(0, "adamw"), (0, "sgd"), (1, "adamw"), (3, "adamw")])
+@pytest.mark.parametrize(
+    ("stage", "optimizer"),
+    [(0, "adamw"), *(pytest.param(*case, marks=pytest.mark.long) for case in [(0, "sgd"), (1, "adamw"), (3, "adamw")])],
+)
 def test_a_bad_gradient_of_one_rank_changes_nothing(dataset_dir: Path, stage: int, optimizer: str) -> None:
     """Protected by `optimizer.found_inf` in `SkipRule._before_update` (engine/skip.py)."""
     port = free_port()

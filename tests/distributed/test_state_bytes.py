@@ -68,6 +68,7 @@ def predicted(dataset_dir: Path, case: str) -> ModelState:
     return model_state(sizes, config.optimizer, config.cluster.zero_stage, WORKERS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_weights_gradients_and_optimizer_state_are_as_large_as_predicted(
     measured: dict[str, list[dict[str, float]]], dataset_dir: Path, case: str

@@ -79,6 +79,7 @@ def test_run_leaves_everything_a_user_needs(uninterrupted: Path) -> None:
     assert pickles == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_zero_stage_changes_neither_losses_nor_model(
     stage: int, train: Callable[..., Finished], settings: list[str], uninterrupted: Path, storage: Path
