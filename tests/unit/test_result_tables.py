@@ -27,7 +27,7 @@ def test_a_shipped_table_resolves_and_its_results_are_its_own(path: Path, monkey
             assert results.changes(job, row) == [], job.label
 
 
-@pytest.mark.parametrize("name", ["coco"])
+@pytest.mark.parametrize("name", ["coco", "multi30k"])
 def test_a_page_of_texts_is_that_of_the_results(name: str) -> None:
     table = load_table(ROOT / f"configs/results/{name}.table.yaml")
     results = Results(table)
