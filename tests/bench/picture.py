@@ -48,7 +48,7 @@ def _bars(results: Sequence[dict[str, Any]], top: float) -> tuple[str, float]:
         speeds = result["tokens_per_second"]
         found += _text(20, y + 16, f"{result['model']}, {result['batch_sequences']} sequences")
         # Each model has a scale of its own: ours is as long everywhere.
-        for name, (label, style) in {"ours": ("vae_dist, bf16", "ours"), **_LOOPS}.items():
+        for name, (label, style) in {"ours": (f"vae_dist, {result['precision']}", "ours"), **_LOOPS}.items():
             if name not in speeds:
                 continue
             length = 400.0 * speeds[name] / speeds["ours"]

@@ -21,6 +21,7 @@ from vae_dist.model.vae import TextVAE
 # Last, so that its modules shadow nothing.
 sys.path.append(str(ROOT / "tests" / "bench"))
 
+import picture
 from steps import products
 from steps.gate import WrongModelError, give_weights, require_same_loss
 from steps.plain import PAD, PlainLoop, plain_model
@@ -127,3 +128,10 @@ def test_the_check_names_the_ratio_that_fell(tmp_path: Path, capsys: pytest.Capt
     assert check({"results": [entry | {"ratio_loop_bf16": 1.69}]}, committed) == 1
     assert "lstm_256/32 ratio_loop_bf16 is 1.69 and was 2.00" in capsys.readouterr().err
     assert check({"results": [entry | {"model": "lstm_1024"}]}, committed) == 1
+
+
+def test_the_picture_is_that_of_the_results() -> None:
+    results = (
+        json.loads((picture.RESULTS / f"{name}.json").read_text()) for name in ("training-speed", "step-scaling")
+    )
+    assert picture.PICTURE.read_text() == picture.draw(*results)
