@@ -62,6 +62,7 @@ def moved(before: NamedState, after: NamedState) -> bool:
     return not all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.long
 def test_an_encoder_step_leaves_all_else_bit_unchanged_and_a_decoder_step_the_encoder(
     turns: list[dict[str, NamedState]],
 ) -> None:

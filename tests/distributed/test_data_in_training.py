@@ -72,6 +72,7 @@ def test_damage_is_skipped_within_its_budget_and_reported(
     assert records(tmp_path / "skip", "train")[-1]["skipped_sequences"] == 100
 
 
+@pytest.mark.long
 def test_a_mixture_trains_in_its_proportions(train: Callable[..., Finished], prepared: Path, tmp_path: Path) -> None:
     lines = [f"{sentence} m{number}" for number, sentence in enumerate(corpus())]
     (tmp_path / "other.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -24,6 +24,8 @@ from vae_dist.model.vmf import VonMisesFisher
 from vae_dist.objective.schedule import beta_at
 from vae_dist.observe.metrics import read_metrics
 
+pytestmark = pytest.mark.long
+
 STEPS, LATENT = 300, 4
 COMMON = (
     "model.embedding_dim=16",
@@ -159,7 +161,6 @@ def tail(curve: np.ndarray) -> float:
     return float(curve[-5:].mean())
 
 
-@pytest.mark.long
 def test_without_a_remedy_the_posterior_collapses_and_it_is_said(quick: Runs) -> None:
     control = quick["control"]
     assert tail(control.curve("kl_per_seq")) < 0.1
@@ -219,7 +220,6 @@ def test_a_language_model_has_no_latent_and_the_decoder_of_the_vae(quick: Runs) 
     assert shared <= own.keys()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["linear", "logistic", "cyclical", "zero-linear"])
 def test_beta_follows_its_schedule_and_the_rate_falls_as_it_rises(long: Runs, name: str) -> None:
     run = long[name]
@@ -229,13 +229,11 @@ def test_beta_follows_its_schedule_and_the_rate_falls_as_it_rises(long: Runs, na
     assert kl[beta < 0.4].mean() > kl[beta > 0.9].mean() + 0.15
 
 
-@pytest.mark.long
 def test_a_small_beta_buys_rate_and_information(long: Runs, quick: Runs) -> None:
     assert tail(long["beta"].curve("kl_per_seq")) > tail(quick["control"].curve("kl_per_seq")) + 1.0
     assert long["beta"].valid["mutual_information_nats"] > 0.5
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("name", "floor"), [("per-sequence", 2.5), ("batch-dimension", 2.0), ("batch-sequence", 2.5)])
 def test_free_bits_keep_the_rate_at_their_floor(long: Runs, name: str, floor: float) -> None:
     run = long[name]
@@ -243,13 +241,11 @@ def test_free_bits_keep_the_rate_at_their_floor(long: Runs, name: str, floor: fl
     assert (run.curve("kl_counted_per_seq") >= floor - 1e-4).all()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["capacity", "control-vae"])
 def test_a_rate_is_held_at_its_set_point(long: Runs, name: str) -> None:
     assert long[name].curve("kl_per_seq")[-10:].mean() == pytest.approx(3.0, abs=0.3)
 
 
-@pytest.mark.long
 def test_an_aggressive_encoder_takes_turns_and_informs_more(long: Runs, quick: Runs) -> None:
     aggressive, control = long["aggressive"], quick["control"]
     assert aggressive.curve("kl_per_seq")[5:20].mean() > control.curve("kl_per_seq")[5:20].mean() + 0.1
@@ -257,14 +253,12 @@ def test_an_aggressive_encoder_takes_turns_and_informs_more(long: Runs, quick: R
     assert aggressive.valid["rec_per_seq"] > control.valid["rec_per_seq"] + 2.0
 
 
-@pytest.mark.long
 def test_words_are_dropped_in_training_only_and_cost_likelihood(long: Runs) -> None:
     run = long["word-dropout"]
     assert tail(run.curve("rec_per_seq")) > run.valid["rec_per_seq"] + 0.7
     assert run.valid["rec_per_seq"] > long["beta"].valid["rec_per_seq"] + 3.0
 
 
-@pytest.mark.long
 def test_normalised_means_keep_the_rate_above_their_bound(long: Runs) -> None:
     run = long["batch-norm"]
     assert (run.curve("kl_per_seq") >= LATENT * 0.7**2 / 2 - 1e-3).all()
@@ -273,14 +267,12 @@ def test_normalised_means_keep_the_rate_above_their_bound(long: Runs) -> None:
     assert np.sqrt(run.scores().mean.var(axis=0)) == pytest.approx(0.7, rel=0.2)
 
 
-@pytest.mark.long
 def test_every_dimension_of_a_delta_vae_keeps_its_committed_rate(long: Runs) -> None:
     run = long["delta"]
     assert (np.array([r["kl_per_dim"] for r in run.kind("train")]) >= 0.4 - 1e-4).all()
     assert (np.array(run.valid["kl_per_dim"]) >= 0.4 - 1e-4).all()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["iwae", "dreg"])
 def test_the_importance_weighted_objective_trains_its_bound(long: Runs, quick: Runs, name: str) -> None:
     bounds = [r.scores(importance_samples=8).iw_log_likelihood.mean() for r in (long[name], quick["control"])]
@@ -289,12 +281,10 @@ def test_the_importance_weighted_objective_trains_its_bound(long: Runs, quick: R
     assert long[name].curve("kl_per_seq").max() > quick["control"].curve("kl_per_seq").max() + 0.1
 
 
-@pytest.mark.long
 def test_the_entropy_term_widens_the_posterior(long: Runs) -> None:
     assert long["entropy"].scores().logvar.mean() > long["beta"].scores().logvar.mean() + 0.5
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["mixture", "vamp", "flow"])
 def test_a_learned_prior_fits_the_latents_better_than_the_standard_one(long: Runs, name: str) -> None:
     run = long[name]
@@ -307,7 +297,6 @@ def test_a_learned_prior_fits_the_latents_better_than_the_standard_one(long: Run
     assert "kl_per_dim" not in run.valid
 
 
-@pytest.mark.long
 def test_the_fitted_mixture_fits_and_is_saved_with_the_model(long: Runs) -> None:
     run = long["fitted"]
     (fit,) = run.kind("fit")
@@ -319,7 +308,6 @@ def test_the_fitted_mixture_fits_and_is_saved_with_the_model(long: Runs) -> None
     assert own.kl.mean() - fitted.kl.mean() == pytest.approx(gain, abs=0.15)
 
 
-@pytest.mark.long
 def test_latents_of_tokens_and_repeated_latents_reconstruct(long: Runs, quick: Runs) -> None:
     # Written from the latents alone, without a word before: much better than by the words' frequencies.
     words = int(long["token"].valid["tokens"]) / long["token"].valid["sequences"]
@@ -329,12 +317,10 @@ def test_latents_of_tokens_and_repeated_latents_reconstruct(long: Runs, quick: R
     assert long["token"].valid["mutual_information_latents"] > long["token"].valid["sequences"]
 
 
-@pytest.mark.long
 def test_the_linear_model_uses_its_latent(long: Runs) -> None:
     assert long["bag-of-words"].valid["mutual_information_nats"] > 0.5
 
 
-@pytest.mark.long
 def test_the_best_validation_is_exported_of_averaged_weights(long: Runs) -> None:
     run = long["best"]
     best = max(record["elbo_per_seq"] for record in run.kind("valid"))
@@ -342,7 +328,6 @@ def test_the_best_validation_is_exported_of_averaged_weights(long: Runs) -> None
     assert -(scores.rec + scores.kl).mean() == pytest.approx(best, rel=1e-5)
 
 
-@pytest.mark.long
 def test_a_plateau_cuts_the_learning_rate_and_ends_the_run(long: Runs) -> None:
     run = long["plateau"]
     rates = sorted(set(run.curve("learning_rate")[1:].tolist()), reverse=True)

@@ -41,6 +41,7 @@ def on_ray(cluster: RayCluster, source: str, out: Path, options: PrepareConfig) 
     return run_command(command, cluster.environment, timeout=120)
 
 
+@pytest.mark.long
 def test_ray_gives_the_bytes_of_one_process(ray_cluster: RayCluster, source: str, tmp_path: Path) -> None:
     options = PrepareConfig(deduplicate="exact", max_tokens=16, member_sequences=100, shard_bytes=65_536)
     done = on_ray(ray_cluster, source, tmp_path / "ray", options)

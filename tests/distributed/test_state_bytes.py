@@ -16,6 +16,8 @@ from vae_dist.estimate.forecast import model_sizes
 from vae_dist.estimate.memory import ModelState, checkpoint_bytes, model_state
 from vae_dist.estimate.timing import communication_bytes
 
+pytestmark = pytest.mark.long
+
 WORKERS = 2
 COMMON = (
     *TINY,
@@ -68,7 +70,6 @@ def predicted(dataset_dir: Path, case: str) -> ModelState:
     return model_state(sizes, config.optimizer, config.cluster.zero_stage, WORKERS)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_weights_gradients_and_optimizer_state_are_as_large_as_predicted(
     measured: dict[str, list[dict[str, float]]], dataset_dir: Path, case: str

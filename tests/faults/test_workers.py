@@ -46,6 +46,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
     require_exact(run.path, dataset_dir, 400)
 
 
+@pytest.mark.long
 def test_workers_that_die_without_progress_end_the_run(start_run: StartRun) -> None:
     """Protected by `lost > ...max_restarts` in `Supervisor.run` (launch/supervise.py)."""
     run = start_run("hopeless", "cluster.max_restarts=1", "run.checkpoint_every_steps=10000")

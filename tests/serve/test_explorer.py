@@ -157,6 +157,16 @@ def test_the_model_can_be_chosen_and_links_keep_it(visit: Callable, client: http
     expect(page.locator("#gradient .ribbon li > span:nth-child(2)")).to_have_text(shown)
 
 
+def test_from_a_model_that_is_gone_there_is_a_way_back(visit: Callable, client: httpx.Client) -> None:
+    one = visit()
+    page = one.open("#health?model=gone")
+    expect(page.locator("#health .error")).to_contain_text("no model 'gone'")
+    page.get_by_label("Model").select_option(index=0)
+    expect(page.locator("#health dd").first).to_have_text(client.get("/v1/info").json()["model"])
+    expect(page.locator("#health .error")).to_be_empty()
+    one.complaints.clear()  # Chromium's own, on the 404
+
+
 def test_the_keyboard_is_enough(visit: Callable) -> None:
     page = visit().open()
 

@@ -161,3 +161,21 @@ def loneliest(points: list[dict]) -> int:
     # The twin data set has every point a second time.
     far[far == 0] = np.inf
     return int(far.min(axis=1)[: len(points) // 2].argmax())
+
+
+def test_a_page_recorded_of_another_model_answers_for_it(
+    visit: Callable, browser: Browser, client: httpx.Client, tmp_path: Path
+) -> None:
+    second = client.get("/v1/models").json()["data"][1]["id"]
+    page = visit().open(f"#map?model={second}")
+    page.locator("#map .plot").wait_for()
+    page.get_by_role("link", name="Export").click()
+    file = save(page, "latent-space.html", tmp_path)
+    alone = browser.new_page()
+    alone.goto(file.as_uri())
+    alone.get_by_role("link", name="Map").click()
+    points = client.get("/v1/map", params={"model": second}).json()["points"]
+    expect(alone.locator("#map .dot")).to_have_count(len(points))
+    alone.get_by_role("link", name="Health").click()
+    expect(alone.locator("#health dd").first).to_have_text(second)
+    alone.close()

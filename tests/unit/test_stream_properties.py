@@ -66,6 +66,7 @@ def read(
     return [sorted(row for share in shares for row in rows(share)) for shares in zip(*streams, strict=True)]
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(specs(), st.data())
 def test_one_data_set(spec: OrderSpec, data: st.DataObject) -> None:

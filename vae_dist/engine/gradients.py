@@ -48,5 +48,5 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
 
 def clip_in_update(optimizer: torch.optim.Optimizer, norm: torch.Tensor, max_norm: float) -> None:
     """Have the next update of a fused optimizer divide the gradient so that its norm is at most `max_norm` (0: any)."""
-    if max_norm:
-        optimizer.grad_scale = (norm.float() / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+    divisor = (norm.float() / max_norm).clamp(min=1.0) if max_norm else None
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]

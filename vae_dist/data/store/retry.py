@@ -44,7 +44,7 @@ class RetryPolicy:
         read_bytes: largest read.
     """
 
-    attempts: int = 32
+    attempts: int = 48
     first_delay_seconds: float = 0.1
     max_delay_seconds: float = 10.0
     attempt_seconds: float = 30.0

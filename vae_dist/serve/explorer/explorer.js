@@ -58,7 +58,7 @@ function forget() {
   model = chosenModel();
   for (const name of Object.keys(panels)) {
     running[name]?.abort();
-    for (const made of document.querySelectorAll(`#${name} .results, #${name} .trail`)) made.replaceChildren();
+    for (const made of document.querySelectorAll(`#${name} :is(.results, .trail, .error)`)) made.replaceChildren();
   }
   showModel();
 }
@@ -67,7 +67,7 @@ function forget() {
 function change(chosen) {
   const { name } = read(), form = document.querySelector(`#${name} form`);
   const asked = form && name in running ? Object.fromEntries(new FormData(form)) : {};
-  const query = Object.entries({ ...asked, z: "", model: chosen }).filter(([, value]) => value !== "");
+  const query = Object.entries({ ...asked, z: "", model: chosen ?? "" }).filter(([, value]) => value !== "");
   location.hash = `#${name}?${new URLSearchParams(query)}`;
 }
 
@@ -114,13 +114,13 @@ async function run(name, section, values) {
     const had = results.contains(document.activeElement);
     results.replaceChildren(...made);
     seen(here);
-    offerModels(change);
     // What was focused is gone: the keyboard goes on from here.
     if (had) results.focus();
   } catch (error) {
     report(error);
   }
   if (running[name].signal === signal) results.removeAttribute("aria-busy");
+  offerModels(change);
 }
 
 // What was asked; where a latent was, its text.
@@ -170,6 +170,8 @@ function listVisits(name) {
 
 if (recording) {
   for (const name of Object.keys(panels)) listVisits(name);
+  // The panels that are always there are of the model that was chosen last.
+  if (recording.chosen && !location.hash) history.replaceState(null, "", `#gradient?${new URLSearchParams({ model: recording.chosen })}`);
   document.querySelector("footer p").textContent = `A recording of the model ${recording.model}, made on ${recording.at}: real answers, `
     + "but only to what was asked then. With a service (vae-dist serve MODEL) you can ask anything.";
 }

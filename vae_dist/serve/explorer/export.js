@@ -1,6 +1,6 @@
 // What can be taken away: the map's latents for the Embedding Projector, and what was seen here as one page.
 
-import { ask, toModel } from "./api.js";
+import { ask, chosenModel, toModel } from "./api.js";
 import { element } from "./element.js";
 import { recordedLatents } from "./map.js";
 import { onePage } from "./one_page.js";
@@ -26,7 +26,7 @@ function visited(info, map, report, signal) {
     + "It works without a service, from a disk or any static host. The map's texts and your sentences are in it.";
   const make = async () => {
     if (map.points.length) await askAll(recordedLatents(map), info.limits.rows, signal);
-    return onePage(record(info.model));
+    return onePage({ ...record(info.model), chosen: chosenModel() });
   };
   return part("This visit as a page", about, button("latent-space.html", make, report));
 }

@@ -16,11 +16,14 @@ export async function offerModels(change) {
   known = true;
   const names = (await answer.json()).data.map(({ id }) => id);
   list.replaceChildren(...names.map((name) => element("option", { value: name }, name)));
-  list.addEventListener("change", () => change(list.value));
-  label.hidden = names.length < 2;
+  // An address that names no model means the first.
+  list.addEventListener("change", () => change(list.selectedIndex ? list.value : undefined));
   showModel();
 }
 
+// Also where the address names one that is not there: the way back.
 export function showModel() {
-  list.value = chosenModel() ?? list.options[0]?.value;
+  const chosen = chosenModel();
+  list.value = chosen ?? list.options[0]?.value;
+  label.hidden = !known || (list.options.length < 2 && (chosen === undefined || list.selectedIndex === 0));
 }
