@@ -20,6 +20,8 @@ def examine() -> dict[str, Any]:
     """Facts about this machine; `problems` lists what is wrong, each with its remedy."""
     import torch
 
+    from vae_dist.engine.compiler import search_path
+
     facts: dict[str, Any] = {
         "versions": versions(),
         "platform": platform.platform(),
@@ -29,7 +31,7 @@ def examine() -> dict[str, Any]:
             "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
         },
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "tools": {name: shutil.which(name, path=_search_path()) for name in ("g++", "ninja", "git", "make")},
+        "tools": {name: shutil.which(name, path=search_path()) for name in ("g++", "ninja", "git", "make")},
         "ray_token": _token_file(),
     }
     facts["problems"] = _problems(facts)
@@ -51,11 +53,6 @@ def render(facts: dict[str, Any]) -> str:
     if not facts["problems"]:
         return "\n".join([*lines, "", "Nothing is wrong."])
     return "\n".join([*lines, "", *(f"PROBLEM: {p['what']}\n    fix: {p['fix']}" for p in facts["problems"])])
-
-
-def _search_path() -> str:
-    """PATH as training has it: with this Python's own folder, where .venv is not activated."""
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def _token_file() -> dict[str, str]:

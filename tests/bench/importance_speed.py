@@ -25,6 +25,7 @@ import torch.distributed as dist
 _ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(_ROOT), str(_ROOT / "kernels")]
 
+from steps.command import add_corpus, run_like_a_worker  # noqa: E402
 from steps.corpus import prepare  # noqa: E402
 from steps.gate import give_weights  # noqa: E402
 from steps.importance import our_likelihood, plain_likelihood  # noqa: E402
@@ -32,8 +33,6 @@ from steps.models import MODELS  # noqa: E402
 from steps.ours import OurRun  # noqa: E402
 from steps.plain import plain_model  # noqa: E402
 from steps.turn import take_turn  # noqa: E402
-
-from vae_dist.launch.trainer import MALLOC  # noqa: E402
 
 # Nats per sequence by which two estimates from other samples may differ, as a share of their value.
 _TOLERANCE = 0.01
@@ -97,14 +96,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="training steps before (default 20)")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("VAE_DIST_DATA", _ROOT / "../shared/data")),
-                        help="folder with ptb (default $VAE_DIST_DATA); without it docstrings are read")  # fmt: skip
-    parser.add_argument("--cache", type=Path, default=_ROOT / ".bench", help="where the prepared corpus is kept")
+    add_corpus(parser)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    # As workers on CPUs have it; the allocator reads it when the process starts.
-    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
-    sys.exit(main())
+    run_like_a_worker(main)

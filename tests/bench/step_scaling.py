@@ -29,6 +29,7 @@ sys.path[:0] = [str(_HERE), str(_ROOT), str(_ROOT / "kernels")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from steps.command import add_corpus, run_like_a_worker  # noqa: E402
 from steps.corpus import prepare, prepare_copies  # noqa: E402
 from steps.memory import peak_mebibytes  # noqa: E402
 from steps.models import MODELS, lstm  # noqa: E402
@@ -36,8 +37,6 @@ from steps.ours import OurRun  # noqa: E402
 from steps.products import measure_products  # noqa: E402
 from steps.team import Team, obey  # noqa: E402
 from steps.turn import take_turn  # noqa: E402
-
-from vae_dist.launch.trainer import MALLOC  # noqa: E402
 
 COPIES = (1, 10, 100)
 VOCABULARIES, WIDTHS, BATCHES = (1_250, 2_500, 5_000, 10_002), (128, 256, 512, 1024), (16, 32, 64, 128)
@@ -162,16 +161,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5.0, help="length of a turn (default 5)")
     parser.add_argument("--turns", type=int, default=5, help="turns of each contender (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="of corpus and sizes (default 1)")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("VAE_DIST_DATA", _ROOT / "../shared/data")),
-                        help="folder with ptb (default $VAE_DIST_DATA), which the study corpus needs")  # fmt: skip
-    parser.add_argument("--cache", type=Path, default=_ROOT / ".bench", help="where the prepared corpora are kept")
+    add_corpus(parser)
     parser.add_argument("--memory-on", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--member-of", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    # As workers on CPUs have it; the allocator reads it when the process starts.
-    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
-    sys.exit(main())
+    run_like_a_worker(main)

@@ -26,6 +26,7 @@ sys.path[:0] = [str(_HERE), str(_ROOT), str(_ROOT / "kernels")]
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from steps.bare import BareLoop  # noqa: E402
+from steps.command import add_corpus, run_like_a_worker  # noqa: E402
 from steps.corpus import prepare  # noqa: E402
 from steps.gate import WrongModelError, give_weights, require_same_loss  # noqa: E402
 from steps.memory import peak_mebibytes  # noqa: E402
@@ -35,8 +36,6 @@ from steps.plain import PlainLoop, plain_model  # noqa: E402
 from steps.products import measure_products  # noqa: E402
 from steps.report import check, table  # noqa: E402
 from steps.turn import take_turn  # noqa: E402
-
-from vae_dist.launch.trainer import MALLOC  # noqa: E402
 
 LOOPS = {
     "loop_fp32": (None, False),
@@ -148,9 +147,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3, help="turns of each contender (default 3)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("VAE_DIST_DATA", _ROOT / "../shared/data")),
-                        help="folder with ptb (default $VAE_DIST_DATA); without it docstrings are read")  # fmt: skip
-    parser.add_argument("--cache", type=Path, default=_ROOT / ".bench", help="where the prepared corpus is kept")
+    add_corpus(parser)
     parser.add_argument("--check", type=Path, metavar="FILE", help="fail when a ratio fell below that result's")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -159,7 +156,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    # As workers on CPUs have it; the allocator reads it when the process starts.
-    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
-    sys.exit(main())
+    run_like_a_worker(main)

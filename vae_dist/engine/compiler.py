@@ -16,14 +16,18 @@ from torch.utils.cpp_extension import get_default_build_root
 from vae_dist.errors import MachineError
 
 
+def search_path() -> str:
+    """PATH with this Python's own folder: there ninja lies in a virtual environment that is not activated."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
 def require_compiler() -> None:
     """DeepSpeed compiles its communication extension when it starts on CPUs; say early what that needs.
 
     Raises:
         MachineError: g++ or ninja is not on PATH.
     """
-    # In a virtual environment that is not activated, ninja lies beside Python and not on PATH.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    os.environ["PATH"] = search_path()
     for tool, remedy in (("g++", "apt-get install g++"), ("ninja", "pip install ninja, or activate .venv")):
         if shutil.which(tool) is None:
             raise MachineError(

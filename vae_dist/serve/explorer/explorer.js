@@ -19,8 +19,8 @@ const running = {};
 let model = chosenModel();
 
 // What is linked from here asks the same model.
-function address(name, values) {
-  const filled = Object.entries({ ...values, model: chosenModel() }).filter(([, value]) => value !== "" && value !== undefined);
+function address(name, values, model = chosenModel() ?? "") {
+  const filled = Object.entries({ ...values, model }).filter(([, value]) => value !== "" && value !== undefined);
   return `#${name}${filled.length ? `?${new URLSearchParams(filled)}` : ""}`;
 }
 
@@ -67,8 +67,7 @@ function forget() {
 function change(chosen) {
   const { name } = read(), form = document.querySelector(`#${name} form`);
   const asked = form && name in running ? Object.fromEntries(new FormData(form)) : {};
-  const query = Object.entries({ ...asked, z: "", model: chosen ?? "" }).filter(([, value]) => value !== "");
-  location.hash = `#${name}?${new URLSearchParams(query)}`;
+  location.hash = address(name, { ...asked, z: "" }, chosen);
 }
 
 function fill(form, values) {
@@ -171,7 +170,7 @@ function listVisits(name) {
 if (recording) {
   for (const name of Object.keys(panels)) listVisits(name);
   // The panels that are always there are of the model that was chosen last.
-  if (recording.chosen && !location.hash) history.replaceState(null, "", `#gradient?${new URLSearchParams({ model: recording.chosen })}`);
+  if (recording.chosen && !location.hash) history.replaceState(null, "", address("gradient", {}, recording.chosen));
   document.querySelector("footer p").textContent = `A recording of the model ${recording.model}, made on ${recording.at}: real answers, `
     + "but only to what was asked then. With a service (vae-dist serve MODEL) you can ask anything.";
 }

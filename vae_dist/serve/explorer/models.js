@@ -17,7 +17,7 @@ export async function offerModels(change) {
   const names = (await answer.json()).data.map(({ id }) => id);
   list.replaceChildren(...names.map((name) => element("option", { value: name }, name)));
   // An address that names no model means the first.
-  list.addEventListener("change", () => change(list.selectedIndex ? list.value : undefined));
+  list.addEventListener("change", () => change(list.selectedIndex ? list.value : ""));
   showModel();
 }
 
